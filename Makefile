@@ -1,0 +1,51 @@
+# `make` alone prints the targets. Every target makes .venv first when the lock is newer than it.
+PYTHON ?= python3
+BIN := .venv/bin
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+.PHONY: help install retrain test export-check lab notebooks bench lock clean
+.DEFAULT_GOAL := help
+
+help: ## Print this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv/.installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed, $$($(PYTHON) --version) was found: call make with PYTHON=/path/to/python3.11."; exit 2; }
+	@echo "Making .venv from requirements.lock (once, about a minute) ..."
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+install: .venv/.installed ## Make .venv from the lock
+
+retrain: .venv/.installed ## Run the weekly retrain notebook on the embedded sandbox market
+	@$(BIN)/ml-ensemble retrain $(ARGS)
+
+export-check: .venv/.installed
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/check_export.py
+
+test: export-check ## Export is fresh, nbdev_test, pytest; branch coverage over both
+	@rm -f .coverage .coverage.*
+	@$(BIN)/python -m coverage run -m nbdev.test --n_workers 0 --timing
+	@$(BIN)/python -m pytest --cov --cov-append --cov-report=term --cov-fail-under=85
+
+lab: .venv/.installed ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab --notebook-dir nbs
+
+notebooks: .venv/.installed ## Re-execute every notebook in place, then clean
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level=WARN nbs/*.ipynb
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_clean
+
+bench: .venv/.installed ## Speed and memory
+	$(BIN)/papermill nbs/benchmarks.ipynb - --log-output > /dev/null
+
+lock: .venv/.installed ## Resolve requirements.lock anew from pyproject.toml (needs uv)
+	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes --no-header \
+	  --no-annotate --no-emit-index-url --no-emit-find-links \
+	  --no-emit-package nvidia-nccl-cu12 --no-emit-package nvidia-nccl-cu13 --upgrade --output-file requirements.lock
+
+clean: ## Remove .venv and caches
+	rm -rf .venv .coverage* .hypothesis .pytest_cache *.egg-info build
