@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['FeatureManager', 'ModelStore', 'ProductionEnsemble', 'retrain']
 
-# %% ../nbs/99_init.ipynb #552abafc
+# %% ../nbs/99_init.ipynb #b32cfc7b
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+# %% ../nbs/99_init.ipynb #ce2fd0ae
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:

@@ -230,3 +230,7 @@ def show_predictions(model, candles, proba, decisions, as_json: bool) -> None:
         print(readable_json({"version": info["version"], "predictions": rows}), end="")
     else:
         console().print(table)
+
+# %% ../nbs/23_cli.ipynb #b18d3128
+if __name__ == "__main__" and "get_ipython" not in globals():
+    main()

@@ -39,6 +39,7 @@ class Data(Section):
     bar: str
     calendar: Literal["continuous", "sessions"]
     repairs: list[Literal["sort", "drop_duplicates", "drop_missing", "fill_gaps"]]
+    max_fill: Annotated[float, Field(ge=0, le=1)]
     min_bars: Annotated[int, Field(ge=100)]
     sandbox_seed: Annotated[int, Field(ge=0)]
     sandbox_strength: NonNegative

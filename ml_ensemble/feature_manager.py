@@ -195,7 +195,7 @@ def ohlcv_columns(candles) -> dict[str, np.ndarray]:
                              "Use candles.set_index('date') with real timestamps, or market_data.tidy(candles).")
     if candles.index.hasnans:
         raise TimestampError("the index holds a missing time (NaT)", "Drop such rows at the source.")
-    time = np.asarray(candles.index.values, dtype="datetime64[ns]").astype(np.int64)
+    time = candles.index.as_unit("ns").asi8
     return {"time": time, **{name: _column(candles, name) for name in OHLCV}}
 
 # %% ../nbs/02_feature_manager.ipynb #6f9c895b

@@ -23,8 +23,8 @@ from pandas.api import types
 from scipy.signal import lfilter
 from scipy.special import entr, expit, logit, stdtr, stdtrit
 
-from .core import (ColumnTypeError, ConfigError, DataError, EmptyDataError, NotATableError, TimestampError,
-                              TooShortError)
+from .core import (ColumnTypeError, ConfigError, DataError, EmptyDataError, GapError, NotATableError,
+                              TimestampError, TooShortError)
 from .feature_manager import OHLCV, PRICES, Rule, bar_interval, fault_of, ohlcv_columns, ohlcv_rules
 
 # %% ../nbs/11_market_data.ipynb #60509484
@@ -211,11 +211,19 @@ def _drop_missing(candles: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     missing = candles.isna().any(axis=1)
     return candles[~missing], int(missing.sum())
 
-def _fill_gaps(candles: pd.DataFrame) -> tuple[pd.DataFrame, int]:
-    time = candles.index.asi8
+def _lacking(time: np.ndarray, max_fill: float) -> np.ndarray:
+    "How many bars are missing after each; GapError when they are too many to be invented."
     if (interval := bar_interval(time)) <= 0:
-        return candles, 0
+        return np.zeros(len(time), dtype=np.int64)
     lacking = np.append(np.maximum((np.diff(time) - 1) // interval, 0), 0)
+    if (missing := int(lacking.sum())) > max_fill * (len(time) + missing):
+        raise GapError(f"{missing:,} of {len(time) + missing:,} bars are missing, fill_gaps fills at most {max_fill:.2%}",
+                       "Fetch them, raise data.max_fill, or set calendar to sessions for a market that closes.")
+    return lacking
+
+def _fill_gaps(candles: pd.DataFrame, max_fill: float) -> tuple[pd.DataFrame, int]:
+    time = candles.index.asi8
+    interval, lacking = bar_interval(time), _lacking(time, max_fill)
     source = np.repeat(np.arange(len(time)), lacking + 1)
     steps = np.arange(len(source)) - np.searchsorted(source, source)   # 0 for a bar that was there, then 1, 2, ...
     filled = candles.iloc[source].set_axis(pd.DatetimeIndex(time[source] + steps * interval, tz="UTC", name="time"))
@@ -230,12 +238,15 @@ REPAIRS = ("sort", "drop_duplicates", "drop_missing", "fill_gaps")   # in the or
 def repair(
     candles: pd.DataFrame,            # in the schema of `tidy`
     names: Iterable[str],             # any of REPAIRS, in any order
+    calendar: str = "continuous",     # in "sessions" no bar is missing, and fill_gaps has nothing to do
+    max_fill: float = 0.01,           # largest share of bars that fill_gaps may add
 ) -> tuple[pd.DataFrame, dict[str, int]]:
     "Do the named repairs in their fixed order; the repaired candles, and how many rows each repair touched."
     names, log = list(names), {}
     if unknown := [name for name in names if name not in REPAIRS]:
         raise ConfigError(f"there is no repair {unknown[0]!r}", f"Name any of {', '.join(REPAIRS)}.")
-    work = dict(zip(REPAIRS, (_sort, _drop_duplicates, _drop_missing, _fill_gaps)))
+    fill = (lambda table: (table, 0)) if calendar == "sessions" else (lambda table: _fill_gaps(table, max_fill))
+    work = dict(zip(REPAIRS, (_sort, _drop_duplicates, _drop_missing, fill)))
     for name in REPAIRS:
         if name in names:
             candles, log[name] = work[name](candles)
@@ -453,13 +464,14 @@ def load_candles(
     repairs: Iterable[str] = (),    # any of REPAIRS
     calendar: str = "continuous",   # or "sessions", for a market that closes
     min_bars: int = 500,            # fewer are refused
+    max_fill: float = 0.01,         # largest share of bars that the repair fill_gaps may add
 ) -> Market:
     "Read, tidy, repair by name and validate candles; a fault is a named `DataError`, a wrong setting a `ConfigError`."
     if days is not None and not 0 < days < math.inf:
         raise ConfigError(f"days is {days}, it must be above 0", "Leave it out for the whole history.")
     reader = source_reader(source)
     table, truth = reader(Request(source.partition(":")[2], days, bar, seed, strength))
-    candles, log = repair(tidy(table), repairs)
+    candles, log = repair(tidy(table), repairs, calendar, max_fill)
     if days is not None:
         candles = candles[candles.index > candles.index.max() - pd.Timedelta(days, unit="D")]
     return Market(validate(candles, calendar, min_bars), source, log, truth)

@@ -47,7 +47,7 @@ def get_market(settings: Settings) -> Market:
     "Candles from the configured source, validated, repaired only where the configuration says so."
     data = settings.data
     return load_candles(data.source, data.days, bar=data.bar, seed=data.sandbox_seed, strength=data.sandbox_strength,
-                        repairs=data.repairs, calendar=data.calendar, min_bars=data.min_bars)
+                        repairs=data.repairs, calendar=data.calendar, min_bars=data.min_bars, max_fill=data.max_fill)
 
 def get_training_set(settings: Settings, market: Market) -> TrainingSet:
     "Features and labels on their common bars."

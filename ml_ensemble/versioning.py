@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MODEL_FILE', 'METADATA_FILE', 'VERSION', 'check_version', 'verify_bytes', 'read_metadata', 'ModelStore', 'archived',
            'read_archived', 'read_bytes', 'read_production', 'stamp', 'next_sequence', 'promote_new', 'install',
-           'present_or_damaged', 'backup_pair', 'roll_back', 'version_before', 'append_history', 'read_history']
+           'put_back', 'present_or_damaged', 'backup_pair', 'roll_back', 'version_before', 'append_history',
+           'read_history']
 
 # %% ../nbs/03_versioning.ipynb #bc3ed13d
 import json
@@ -200,12 +201,25 @@ def promote_new(store: ModelStore, model: bytes, metadata: dict, expected: int |
 
 def install(store: ModelStore, model: bytes, facts: dict) -> None:
     "Back up, replace the production pair (metadata last) and write the history."
-    if (store.production / METADATA_FILE).exists():
-        backup_pair(store)
-    write_atomic(store.production / MODEL_FILE, model)
-    write_atomic(store.production / METADATA_FILE, readable_json(facts))
+    backup = backup_pair(store) if (store.production / METADATA_FILE).exists() else None
+    try:
+        write_atomic(store.production / MODEL_FILE, model)
+        write_atomic(store.production / METADATA_FILE, readable_json(facts))
+    except OSError:
+        if backup and (present_or_damaged(store) or {}).get("sequence") != facts["sequence"]:
+            put_back(backup / MODEL_FILE, store.production / MODEL_FILE)
+        raise
     store.record(facts["event"]["kind"], sequence=facts["sequence"], version=facts["version"],
                  replaced=facts["event"]["replaced"], reason=facts["event"].get("reason"))
+
+def put_back(kept: Path, target: Path) -> None:
+    "Let `target` be the kept file again without needing any space: a second name for it, moved into place."
+    link = target.with_name(f".{target.name}.tmp")
+    try:
+        os.link(kept, link)
+        os.replace(link, target)
+    except OSError as error:
+        warn(f"{target} could not be put back ({error}); readers take the archived copy", RuntimeWarning, stacklevel=2)
 
 # %% ../nbs/03_versioning.ipynb #3cd88c16
 def present_or_damaged(store: ModelStore) -> dict | None:

@@ -217,7 +217,7 @@ def test_all_repairs_together_make_any_such_mess_sound(gone, doubled, incomplete
     random.shuffle(rows)
     mess = part.copy()
     mess.iloc[list(incomplete), 0] = np.nan
-    mended, log = repair(mess.iloc[rows], reversed(REPAIRS))
+    mended, log = repair(mess.iloc[rows], reversed(REPAIRS), max_fill=1)
     assert list(log) == list(REPAIRS)
     validate(mended)
     assert (mended.index == part.index).all()
@@ -238,7 +238,7 @@ def test_the_later_duplicate_wins_whatever_stands_between():
 def test_a_bar_off_the_grid_is_filled_up_to_but_stays_a_fault():
     time = CANDLES.index[:10].to_series().reset_index(drop=True)
     time[7:] += pd.Timedelta(9, unit="h")
-    mended, log = repair(CANDLES.iloc[:10].set_axis(pd.DatetimeIndex(time, name="time")), ["fill_gaps"])
+    mended, log = repair(CANDLES.iloc[:10].set_axis(pd.DatetimeIndex(time, name="time")), ["fill_gaps"], max_fill=1)
     assert log == {"fill_gaps": 3}   # 4, 8 and 12 hours after the bar before; the next stands at 13
     with pytest.raises(core.GapError):
         validate(mended)
@@ -247,7 +247,7 @@ def test_a_bar_off_the_grid_is_filled_up_to_but_stays_a_fault():
 def test_the_repairs_leave_their_input_alone():
     before = CANDLES.iloc[[3, 1, 1, 9]].copy()
     after = before.copy()
-    repair(after, REPAIRS)
+    repair(after, REPAIRS, max_fill=1)
     pd.testing.assert_frame_equal(before, after, check_exact=True)
 
 
@@ -345,3 +345,11 @@ def test_level_scales_prices_and_nothing_else():
     prices = list(OHLCV[:4])
     np.testing.assert_allclose(candles[prices] * 2**13, reference[prices], rtol=1e-9)
     np.testing.assert_allclose(truth["p_up"], expected["p_up"], rtol=1e-9)
+
+
+def test_fill_gaps_refuses_to_invent_nights_and_does_nothing_where_they_are_normal():
+    opening_hours = CANDLES[CANDLES.index.hour < 16]
+    with pytest.raises(core.GapError, match="fill_gaps fills at most 1.00%"):
+        repair(opening_hours, ["fill_gaps"])
+    same, log = repair(opening_hours, ["fill_gaps"], calendar="sessions")
+    assert same.equals(opening_hours) and log == {"fill_gaps": 0}

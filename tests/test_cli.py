@@ -1,0 +1,85 @@
+"""The command line as a process: exit codes, JSON, and errors a person can act on."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from conftest import QUICK
+
+SETS = [word for override in QUICK for word in ("--set", override)]
+
+
+@pytest.fixture(scope="module")
+def cli(tmp_path_factory):
+    models = tmp_path_factory.mktemp("cli") / "models"
+
+    def call(*words, env=None, cwd=None):
+        done = subprocess.run([sys.executable, "-m", "ml_ensemble.cli", *words], capture_output=True, text=True, cwd=cwd,
+                              env={**os.environ, "ML_ENSEMBLE_MODELS": str(models), **(env or {})})
+        return done
+    call.models = models
+    return call
+
+
+def test_a_life_on_the_command_line(cli):
+    dry = cli("retrain", "--dry-run", *SETS)
+    assert dry.returncode == 0 and "nothing was written" in dry.stdout and not cli.models.exists()
+    assert cli("check").returncode == 1
+
+    shown = cli("retrain", *SETS)
+    assert shown.returncode == 0, shown.stderr
+    for words in ("is in production", "weighted F1", "Report:", "retrain"):
+        assert words in shown.stdout + shown.stderr
+    refused = cli("retrain", *SETS, "--set", "sandbox_strength=0", "--json", "--require-promotion")
+    assert refused.returncode == 3
+    answer = json.loads(refused.stdout)
+    assert answer["promoted"] is False and answer["version"] is None and answer["current"].endswith("-0001")
+
+    check = cli("check", "--json")
+    assert check.returncode == 0, check.stdout
+    assert {f["part"] for f in json.loads(check.stdout)["findings"]} == {"configuration", "production", "age", "figures", "last run", "disk"}
+    assert "Fit to trade" in cli("check").stdout
+
+    events = json.loads(cli("history", "--json").stdout)["events"]
+    assert [event["kind"] for event in events] == ["promotion", "refusal"]
+    assert "promotion" in cli("history").stdout
+    assert "production_backup_" in cli("backup").stdout and len(list(cli.models.glob("production_backup_*"))) == 1
+    assert json.loads(cli("backup", "--json").stdout)["backup"].endswith("-2") or len(list(cli.models.glob("production_backup_*"))) == 2
+
+    rows = json.loads(cli("predict", "--days", "100", "--rows", "3", "--json").stdout)["predictions"]
+    assert len(rows) == 3 and all(abs(sum(row["probabilities"].values()) - 1) < 1e-5 for row in rows)
+    assert "p(buy)" in cli("predict", "--days", "100").stdout
+    nowhere = cli("rollback", "--reason", "too early", "--json")
+    assert nowhere.returncode == 1 and json.loads(nowhere.stdout)["error"] == "ModelNotFoundError"
+    assert cli("check").returncode == 0
+
+
+def test_verbose_shows_what_the_notebook_prints(cli):
+    done = cli("retrain", *SETS, "--set", "days=300", "--verbose")
+    assert done.returncode == 0 and "fold 1: lightgbm" in done.stderr
+
+
+@pytest.mark.parametrize("words, told", [
+    (["retrain", "--set", "horizn=3"], "Did you mean horizon"), (["retrain", "--source", "ftp:x"], "data.source"),
+    (["retrain", "--dry-run", "--source", "file:missing.csv"], "there is no file"), (["retrain", "--days", "0"], "Invalid value"),
+    (["predict", "--version", "../x"], "is not a version"), (["rollback"], "Missing option"), (["dance"], "No such command")])
+def test_a_wrong_call_is_answered_with_a_remedy_and_no_traceback(cli, words, told, tmp_path):
+    done = cli(*words, cwd=None)
+    assert done.returncode in (1, 2) and told in done.stderr.replace("\n", " ") and "Traceback" not in done.stderr
+
+
+def test_a_store_that_cannot_be_written_is_an_error_not_a_traceback(cli, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    done = cli("retrain", *SETS, env={"ML_ENSEMBLE_MODELS": str(tmp_path / "file" / "models")})
+    assert done.returncode == 1 and "NotADirectoryError" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_is_quick_to_load_and_names_every_command():
+    script = ("import sys; from typer.testing import CliRunner; from ml_ensemble.cli import app\n"
+              "print(CliRunner().invoke(app, ['--help']).output)\n"
+              "print('heavy:', sorted({'pandas', 'sklearn', 'lightgbm', 'xgboost', 'matplotlib'} & set(sys.modules)))")
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout
+    assert all(command in shown for command in ("retrain", "check", "history", "rollback", "backup", "predict"))
+    assert "heavy: []" in shown

@@ -1,0 +1,157 @@
+"""The repository contract: what a reader may rely on in every notebook and at the top level."""
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from check_export import differences
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+NUMBERED = [path for path in NOTEBOOKS if path.name[0].isdigit()]
+PAGES = [path for path in NOTEBOOKS if not path.name[0].isdigit() and path.name[0] != "_"]
+names = lambda paths: [path.stem for path in paths]
+
+
+def code(path: Path) -> list[str]:
+    return [cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+
+
+def exported(path: Path) -> list[str]:
+    return [source for source in code(path) if re.search(r"^#\| *export", source, re.M)]
+
+
+def module_of(path: Path) -> str:
+    return next(m[1] for source in code(path) if (m := re.search(r"^#\| *default_exp (\S+)", source, re.M)))
+
+
+MODULE_NUMBER = {module_of(path): int(path.stem[:2]) for path in NUMBERED}
+
+
+def imported(source: str) -> set[str]:
+    found = set(re.findall(r"^\s*(?:from|import) ml_ensemble\.(\w+)", source, re.M))
+    for line in re.findall(r"^\s*from ml_ensemble import (.+)$", source, re.M):
+        found |= {name.strip() for name in line.split(",")} & set(MODULE_NUMBER)
+    return found
+
+
+def test_the_export_is_fresh():
+    assert differences() == []
+
+
+def test_each_notebook_has_its_own_module_named_like_it_and_no_module_is_an_orphan():
+    modules = [module_of(path) for path in NUMBERED]
+    assert len(set(modules)) == len(modules)
+    assert [path.stem[3:] for path in NUMBERED if module_of(path) != "__init__"] == [m for m in modules if m != "__init__"]
+    assert {p.stem for p in (ROOT / "ml_ensemble").glob("*.py")} == {*modules, "_modidx"}
+    assert not any("default_exp" in source or "#| export" in source for path in PAGES for source in code(path))
+
+
+@pytest.mark.parametrize("path", NUMBERED, ids=names(NUMBERED))
+def test_a_notebook_imports_only_lower_numbers(path):
+    number = int(path.stem[:2])
+    higher = {m for source in exported(path) for m in imported(source) if MODULE_NUMBER[m] >= number}
+    assert higher == set() or path.stem == "99_init"
+
+
+@pytest.mark.parametrize("path", NUMBERED, ids=names(NUMBERED))
+def test_exported_cells_are_short_and_plain(path):
+    for source in exported(path):
+        lines = [line for line in source.splitlines() if line.strip() and not line.startswith("#|")]
+        shell = re.match(r'(#\|.*\n)*\s*(@.*\n)*class ', source)
+        assert len(lines) <= (60 if shell else 40), f"{len(lines)} lines:\n{source[:200]}"
+        assert "@patch" not in source
+        assert not re.search(r"^\s*from \S+ import \*", source, re.M)
+        kinds = {type(node) for node in ast.parse(source).body}
+        assert not (kinds & {ast.Import, ast.ImportFrom} and kinds & {ast.FunctionDef, ast.ClassDef}), "imports have their own cell"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
+def test_a_notebook_begins_with_title_and_promise_and_is_clean(path):
+    notebook = nbformat.read(path, 4)
+    first = notebook.cells[0]
+    assert first.cell_type == "markdown" and re.match(r"# .+\n\n> .+", first.source)
+    assert notebook.metadata.kernelspec["language"] == "python"
+    for cell in notebook.cells:
+        assert not re.search(r"^(<{7}|>{7}|={7})( |$)", cell.source, re.M), "conflict markers"
+        assert cell.get("execution_count") is None
+        assert set(cell.metadata) <= {"tags"}
+        for output in cell.get("outputs", []):
+            assert output.output_type != "error"
+
+
+@pytest.mark.parametrize("path", [p for p in PAGES if p.stem in ("weekly_retrain", "monitor", "benchmarks")], ids=lambda p: p.stem)
+def test_a_papermill_page_has_exactly_one_parameters_cell_and_every_parameter_is_typed_and_told(path):
+    import papermill
+    cells = [cell for cell in nbformat.read(path, 4).cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(cells) == 1
+    parameters = papermill.inspect_notebook(str(path))
+    assert len(parameters) == len([line for line in cells[0].source.splitlines() if line.strip()])
+    assert all(p["inferred_type_name"] != "None" and p["help"] for p in parameters.values())
+
+
+def test_the_settings_keep_the_parameters_tag_when_notebooks_are_cleaned():
+    text = (ROOT / "settings.ini").read_text()
+    assert re.search(r"^allowed_cell_metadata_keys *= *tags$", text, re.M)
+    assert re.search(r"^clear_all *= *False$", text, re.M) and re.search(r"^update_pyproject *= *False$", text, re.M)
+
+
+def test_the_top_level_holds_what_it_should():
+    tracked = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, text=True, capture_output=True, check=True).stdout.split("\n")
+    top = {name.split("/")[0] for name in tracked if name}
+    assert {"nbs", "ml_ensemble", "settings.ini", "models", "config", "tests", ".github"} <= top
+    assert top <= {"nbs", "ml_ensemble", "settings.ini", "models", "config", "tests", ".github", ".ci", "README.md", "LICENSE",
+                   "Makefile", "pyproject.toml", "requirements.lock", ".gitignore", ".gitattributes"}
+    assert not [name for name in tracked if re.search(r"\.(pkl|onnx|feather|parquet|csv|joblib)$", name)]
+    assert {f"models/{p}README.md" for p in ("", "production/", "training/", "archive/", "reports/")} <= set(tracked)
+
+
+def test_the_lock_is_complete_hashed_and_without_addresses():
+    text = (ROOT / "requirements.lock").read_text()
+    assert not re.search(r"https?:|--(extra-)?index-url|--find-links|@ *file", text)
+    entries = re.split(r"\n(?=[a-zA-Z])", text.strip())
+    assert all("==" in entry.splitlines()[0] and "--hash=sha256:" in entry for entry in entries)
+    locked = {re.match(r"[\w.-]+", entry)[0].lower().replace("_", "-") for entry in entries}
+    assert not [name for name in locked if name.startswith(("nvidia", "triton"))]
+    import tomllib
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(d for group in project["optional-dependencies"].values() for d in group)]
+    assert {re.match(r"[\w.-]+", d)[0].lower().replace("_", "-") for d in wanted} <= locked
+
+
+def test_the_version_is_the_same_everywhere():
+    import ml_ensemble
+    assert re.search(rf"^version *= *{re.escape(ml_ensemble.__version__)}$", (ROOT / "settings.ini").read_text(), re.M)
+
+
+def test_the_workflows_are_valid_and_the_weekly_one_does_what_it_says():
+    files = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    done = subprocess.run([sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", *files],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    weekly = yaml.safe_load((ROOT / ".github/workflows/weekly-retrain.yml").read_text())
+    triggers = weekly[True]                      # YAML 1.1 reads the key `on` as true
+    assert triggers["schedule"][0]["cron"].split()[4] in "0123456" and "workflow_dispatch" in triggers
+    steps = " ".join(step.get("run", "") for step in weekly["jobs"]["retrain"]["steps"])
+    assert "make retrain" in steps and "git lfs" in steps and "models/" in steps
+    assert any("upload-artifact" in step.get("uses", "") for step in weekly["jobs"]["retrain"]["steps"])
+    assert (ROOT / ".ci/run").read_text().count("make test") == 1
+    assert "make test" in (ROOT / ".github/workflows/ci.yml").read_text()
+
+
+def test_models_are_kept_by_git_lfs():
+    done = subprocess.run(["git", "check-attr", "filter", "models/production/production_ensemble.pkl"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("filter: lfs")
+
+
+def test_the_feature_order_lies_in_the_configuration():
+    from ml_ensemble.feature_manager import FEATURE_NAMES
+    rows = json.loads((ROOT / "config/core/feature_order.json").read_text())["features"]
+    assert tuple(row["name"] for row in rows) == FEATURE_NAMES
+    assert all(row["window"][1] == 0 and row["category"] and row["formula"] for row in rows)

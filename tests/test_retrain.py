@@ -1,0 +1,241 @@
+"""The weekly retrain through papermill, end to end, and what a deployment relies on afterwards."""
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+
+from conftest import QUICK
+from ml_ensemble import FeatureManager, ModelStore, ProductionEnsemble, retrain, retraining
+from ml_ensemble.core import ConfigError, GapError, IntegrityError, RetrainError, project_root, sha256_hex
+from ml_ensemble.monitoring import diagnose
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(store, *more, **options):
+    return retrain(overrides=(*QUICK, *more), store=store, show_progress=False, **options)
+
+
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory):
+    """Two retrains on the same data and seed."""
+    store = ModelStore(tmp_path_factory.mktemp("models"))
+    return store, run(store), run(store)
+
+
+@pytest.fixture
+def inbox(monkeypatch):
+    """A real receiver of alerts."""
+    messages = []
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self):
+            messages.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Receiver)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("ML_ENSEMBLE_ALERT_URLS", f"json://127.0.0.1:{server.server_port}/")
+    yield messages
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_store_has_the_layout_it_promises(twice):
+    store, first, second = twice
+    assert first.promoted and second.promoted
+    here = {p.relative_to(store.root).as_posix() for p in store.root.rglob("*") if p.is_file()}
+    expected = {"production/production_ensemble.pkl", "production/production_model_metadata.json", "archive/history.jsonl",
+                *(f"training/{name}_model.pkl" for name in ("lightgbm", "xgboost", "random_forest")), "training/training_metadata.json"}
+    for outcome in (first, second):
+        expected |= {f"archive/production_ensemble_{outcome.version}.pkl", f"archive/production_model_metadata_{outcome.version}.json"}
+        expected |= {f"reports/{outcome.report.stem}{suffix}" for suffix in (".ipynb", ".html")}
+    backups = {name for name in here if re.fullmatch(r"production_backup_\d{8}T\d{6}Z/production_(ensemble\.pkl|model_metadata\.json)", name)}
+    assert len(backups) == 2                                   # one backup, of the first version, before the second
+    assert here - {".lock"} == expected | backups
+
+
+def test_the_same_data_and_seed_give_the_same_figures(twice):
+    store, first, second = twice
+    assert first.metadata["metrics"] == second.metadata["metrics"]
+    assert first.metadata["data"]["hash"] == second.metadata["data"]["hash"]
+    learners = lambda outcome: store.read(outcome.version)[1]
+    assert sha256_hex(learners(first)) == sha256_hex(learners(second))
+
+
+def test_the_metadata_answers_what_will_be_asked(twice):
+    store, _, second = twice
+    facts = store.current()
+    assert facts["version"] == second.version and facts["sequence"] == 2
+    model = (store.production / "production_ensemble.pkl").read_bytes()
+    assert (facts["sha256"], facts["size_bytes"]) == (sha256_hex(model), len(model))
+    report = store.root / facts["report"]["path"]
+    assert facts["report"]["sha256"] == sha256_hex(report.read_bytes())
+    assert facts["fingerprint"] == FeatureManager().fingerprint and len(facts["features"]) == 12
+    assert facts["weights"] == {"lightgbm": 0.4, "xgboost": 0.4, "random_forest": 0.2} and facts["classes"] == [0, 1]
+    assert facts["data"]["bars"] == 4200 and facts["data"]["samples"] == 4200 - 49 - 1
+    assert facts["configuration"]["learners"]["lightgbm"]["n_estimators"] == 40
+    assert {"numpy", "lightgbm", "xgboost", "scikit-learn", "python"} <= set(facts["packages"])
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    assert facts["git"]["commit"] == (head.stdout.strip() if head.returncode == 0 else None)
+    low, high = facts["metrics"]["intervals"]["skill"]
+    assert low < facts["metrics"]["metrics"]["skill"] < high
+    assert set(facts["metrics"]["baselines"]) == {"majority", "prior", "persistence"}
+    assert facts["gate"]["passed"] and all(c["status"] != "fail" for c in facts["gate"]["criteria"])
+    training = json.loads((store.root / "training/training_metadata.json").read_text())
+    for name, learner in training["learners"].items():
+        data = (store.root / "training" / learner["file"]).read_bytes()
+        assert (learner["sha256"], learner["size_bytes"]) == (sha256_hex(data), len(data))
+        assert hasattr(pickle.loads(data), "predict_proba") and learner["metrics"]["intervals"]["skill"]
+
+
+def test_a_fresh_process_uses_it_as_the_readme_says(twice, sandbox, tmp_path):
+    store, *_ = twice
+    sandbox.to_parquet(tmp_path / "candles.parquet")
+    script = """
+import pandas as pd, sys
+from ml_ensemble import FeatureManager, ProductionEnsemble
+candles = pd.read_parquet(sys.argv[1])
+features = FeatureManager().generate_features(candles)
+model = ProductionEnsemble()
+print(len(model.predict(features)), model.predict_proba(features).shape, model.get_model_info()["weights"]["lightgbm"])
+print(sorted({"sklearn", "lightgbm", "xgboost", "numba", "pydantic"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "candles.parquet")], capture_output=True, text=True,
+                          env={**os.environ, "ML_ENSEMBLE_MODELS": str(store.root)}, cwd=tmp_path)
+    assert done.stdout.splitlines() == ["1500 (1500, 2) 0.4", "[]"], done.stderr
+
+
+def test_the_report_shows_every_step_and_stands_alone(twice):
+    _, first, _ = twice
+    notebook = nbformat.read(first.report, 4)
+    html = first.report.with_suffix(".html").read_text()
+    titles = re.findall(r"^## (.+)$", "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown"), re.M)
+    assert titles == ["Settings", "Candles", "Features", "Labels", "Walk-forward", "Out-of-sample figures", "Candidate", "Verdict"]
+    assert "The gate passes this candidate" in html and html.count("data:image/png;base64") >= 6
+    assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=[\"']?(https?:)?//", html)
+    assert not re.search(r"(import|from) [\"']https?:", html)
+
+
+def test_rollback_brings_the_first_version_back(tmp_path, monkeypatch, sandbox):
+    store = ModelStore(tmp_path / "models")
+    first, second = run(store), run(store, "threshold=0.004")
+    features = FeatureManager().generate_features(sandbox)
+    before = ProductionEnsemble(first.version, store=store).predict_proba(features)
+    assert not np.allclose(before, ProductionEnsemble(store=store).predict_proba(features), equal_nan=True)
+    monkeypatch.setenv("ML_ENSEMBLE_MODELS", str(store.root))
+    done = subprocess.run([sys.executable, "-m", "ml_ensemble.cli", "rollback", "--reason", "test", "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"version": first.version, "sequence": 3, "replaced": second.version, "reason": "test"}
+    np.testing.assert_array_equal(ProductionEnsemble(store=store).predict_proba(features), before)
+    assert store.history()[-1]["reason"] == "test"
+
+
+@pytest.mark.parametrize("override, path, value", [
+    ("n_estimators=25", ("learners", "xgboost", "n_estimators"), 25), ("horizon=3", ("labels", "horizon"), 3),
+    ("labels.threshold=0.005", ("labels", "threshold"), 0.005)])
+def test_a_setting_takes_effect_and_shows_in_the_metadata(twice, tmp_path, override, path, value):
+    outcome = run(ModelStore(tmp_path / "models"), override)
+    found = outcome.metadata["configuration"]
+    for key in path:
+        found = found[key]
+    assert found == value
+    assert outcome.metadata["metrics"]["metrics"]["log_loss"] != twice[1].metadata["metrics"]["metrics"]["log_loss"]
+
+
+@pytest.mark.parametrize("override", ["horizn=3", "horizon=-1", "source=nowhere", "horizon"])
+def test_a_wrong_setting_fails_before_any_work(store, override):
+    with pytest.raises(ConfigError):
+        run(store, override)
+    assert not store.root.exists()
+
+
+def test_nasdaq_is_refused_with_reasons_and_production_stays(nasdaq, tmp_path, inbox):
+    nasdaq.to_csv(tmp_path / "nasdaq.csv")
+    store = ModelStore(tmp_path / "models")
+    champion = run(store).version
+    before = {p.name: p.read_bytes() for p in store.production.iterdir()}
+    outcome = run(store, "calendar=sessions", "days=null", source=f"file:{tmp_path}/nasdaq.csv")
+    assert not outcome.promoted and outcome.current == champion
+    assert outcome.metadata["data"]["samples"] == 5031 - 49 - 1
+    failed = {criterion.name for criterion in outcome.verdict.failures}
+    assert "samples" not in failed and "skill, lower end of 95 %" in failed
+    assert {p.name: p.read_bytes() for p in store.production.iterdir()} == before
+    assert store.history()[-1]["kind"] == "refusal" and "skill" in store.history()[-1]["reason"]
+    assert [message["title"] for message in inbox] == ["ml_ensemble: F1 below the limit, candidate refused"]
+    assert "skill" in inbox[0]["message"] and champion in inbox[0]["message"]
+    assert "REFUSES" in outcome.report.with_suffix(".html").read_text()
+    assert ProductionEnsemble(store=store).get_model_info()["version"] == champion
+
+
+def test_a_run_that_fails_half_way_leaves_a_report_an_alert_and_production_untouched(tmp_path, sandbox, inbox):
+    holes = sandbox.drop(sandbox.index[100:150])
+    holes.to_csv(tmp_path / "holes.csv")
+    store = ModelStore(tmp_path / "models")
+    with pytest.raises(RetrainError, match="GapError.*bars are missing"):
+        run(store, "days=null", source=f"file:{tmp_path}/holes.csv")
+    report, = store.root.glob("reports/*.ipynb")
+    assert "GapError" in report.with_suffix(".html").read_text()
+    assert store.current() is None and not list((store.root / ".staging").iterdir())
+    assert store.history()[-1]["kind"] == "failure" and "GapError" in inbox[0]["message"]
+
+
+def test_a_broken_champion_does_not_stop_a_retrain(tmp_path):
+    store = ModelStore(tmp_path / "models")
+    run(store)
+    for path in (*store.production.glob("*.pkl"), *store.archive.glob("*.pkl")):
+        path.write_bytes(b"damaged")
+    with pytest.raises(IntegrityError):
+        ProductionEnsemble(store=store)
+    assert run(store).promoted
+    assert ProductionEnsemble(store=store).get_model_info()["sequence"] == 2
+
+
+def test_a_passed_parameter_takes_effect_in_the_notebook(twice):
+    """nbdev_clean can strip the tag; papermill then writes its values above the defaults, which win, and exits 0."""
+    notebook = nbformat.read(twice[1].report, 4)
+    tagged = [i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])]
+    injected = [i for i, cell in enumerate(notebook.cells) if "injected-parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == len(injected) == 1 and injected[0] == tagged[0] + 1
+
+
+def test_three_classes_and_triple_barrier_go_all_the_way(tmp_path, sandbox):
+    store = ModelStore(tmp_path / "models")
+    outcome = run(store, "classes=3", "method=triple_barrier", "horizon=4", "threshold=0.015", "min_weighted_f1=-1", "min_skill_lower=-1",
+                  "min_f1_over_majority=-1", "max_calibration_error=1")
+    assert outcome.promoted, str(outcome.verdict)
+    model = ProductionEnsemble(store=store)
+    proba = model.predict_proba(FeatureManager().generate_features(sandbox))
+    assert proba.shape == (1500, 3) and np.allclose(proba[49:].sum(axis=1), 1)
+    assert set(np.unique(model.predict(FeatureManager().generate_features(sandbox)))) <= {-1, 0, 1}
+
+
+def test_the_diagnosis_of_a_healthy_store_and_of_a_sick_one(twice, tmp_path):
+    store = twice[0]
+    assert diagnose(store).healthy
+    import shutil
+    copy = ModelStore(shutil.copytree(store.root, tmp_path / "copy"))
+    (copy.production / "production_ensemble.pkl").write_bytes(b"damaged")
+    sick = diagnose(copy)
+    assert not sick.healthy and "serves instead" in next(f.seen for f in sick.findings if f.part == "production")
+
+
+def test_the_price_level_does_not_matter_to_the_model(twice, sandbox):
+    model, scaled = ProductionEnsemble(store=twice[0]), sandbox.copy()
+    scaled[["open", "high", "low", "close"]] *= 1000
+    proba = lambda candles: model.predict_proba(FeatureManager().generate_features(candles))[49:]
+    np.testing.assert_allclose(proba(scaled), proba(sandbox), atol=1e-6)

@@ -1,0 +1,235 @@
+"""The model store under faults, and model files that mean harm."""
+import builtins
+import copyreg
+import io
+import os
+import pickle
+import subprocess
+import sys
+from datetime import datetime, timezone
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ml_ensemble import core
+from ml_ensemble.core import IntegrityError, LFSPointerError, MLEnsembleError, StoreError, UnsafeModelError, sha256_hex
+from ml_ensemble.ensemble import ProductionEnsemble, read_payload
+from ml_ensemble.versioning import METADATA_FILE, MODEL_FILE, ModelStore
+
+MODEL = bytes(range(256)) * 8
+
+
+def contents(store: ModelStore) -> dict:
+    return {p.relative_to(store.root).as_posix(): p.read_bytes() for p in sorted(store.root.rglob("*")) if p.is_file() and p.name != ".lock"}
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
+def test_a_truncated_model_is_not_read_and_the_archive_serves(store, share):
+    store.promote(MODEL, {})
+    (store.production / MODEL_FILE).write_bytes(MODEL[:int(len(MODEL) * share)])
+    with pytest.warns(RuntimeWarning, match="from the archive serves instead"):
+        assert store.read()[1] == MODEL
+
+
+@given(place=st.integers(0, len(MODEL) - 1), bit=st.integers(0, 7))
+def test_any_flipped_bit_is_noticed(tmp_path_factory, place, bit):
+    store = ModelStore(tmp_path_factory.mktemp("store"))
+    store.promote(MODEL, {})
+    damaged = bytearray(MODEL)
+    damaged[place] ^= 1 << bit
+    for path in (store.production / MODEL_FILE, *store.archive.glob("*.pkl")):
+        path.write_bytes(damaged)
+    with pytest.raises(IntegrityError, match="its metadata recorded"):
+        store.read()
+
+
+def test_the_version_before_serves_when_both_copies_are_damaged(store):
+    store.promote(MODEL, {})
+    newest = store.promote(MODEL[::-1], {})["version"]
+    (store.production / MODEL_FILE).write_bytes(b"x")
+    (store.archive / f"production_ensemble_{newest}.pkl").unlink()
+    with pytest.warns(RuntimeWarning):
+        facts, model = store.read()
+    assert model == MODEL and facts["version"] != newest
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 1}', '{"version": "20250901-0001", "sequence": 1, "sha256": NaN}',
+                                  '{"version": "../x", "sequence": 1, "sha256": "0"}', "\x00"])
+def test_damaged_metadata_is_a_named_error_and_the_last_good_version_serves(store, text):
+    store.promote(MODEL, {})
+    (store.production / METADATA_FILE).write_text(text)
+    with pytest.raises(StoreError):
+        store.current()
+    if '"../x"' not in text:
+        with pytest.warns(RuntimeWarning):
+            assert store.read()[1] == MODEL
+    assert store.promote(MODEL[::-1], {})["sequence"] == 2          # and the next promotion repairs it
+    assert store.read()[1] == MODEL[::-1]
+
+
+def test_an_lfs_pointer_is_called_by_its_name(store):
+    store.promote(MODEL, {})
+    for path in (store.production / MODEL_FILE, *store.archive.glob("*.pkl")):
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n")
+    with pytest.raises(LFSPointerError, match="git lfs pull"):
+        store.read()
+
+
+CRASH = """
+import os, sys
+from ml_ensemble import core, versioning
+from ml_ensemble.versioning import ModelStore
+limit, calls = int(sys.argv[2]), 0
+def crash_at(function):
+    def wrapped(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == limit:
+            os._exit(9)
+        return function(*args, **kwargs)
+    return wrapped
+for name in ("fsync", "replace"):
+    setattr(os, name, crash_at(getattr(os, name)))
+ModelStore(sys.argv[1]).promote(b"new" * 500, {})
+"""
+
+
+def test_a_crash_at_any_sync_or_rename_leaves_the_old_or_the_new_version(tmp_path):
+    """`os._exit` at each step in turn: a fresh reader sees one whole version, and the next promotion works."""
+    outcomes = set()
+    for step in range(1, 40):
+        store = ModelStore(tmp_path / str(step))
+        store.promote(b"old" * 500, {})
+        code = subprocess.run([sys.executable, "-c", CRASH, str(store.root), str(step)]).returncode
+        import warnings
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")       # the archive may have to step in, which is its purpose
+            facts, model = store.read()
+        assert model in (b"old" * 500, b"new" * 500) and sha256_hex(model) == facts["sha256"]
+        outcomes.add(model[:3])
+        assert store.promote(b"next", {})["sequence"] in (2, 3)
+        assert store.read()[1] == b"next"
+        if code == 0:
+            break
+    assert code == 0 and outcomes == {b"old", b"new"}
+
+
+@pytest.mark.parametrize("step", range(1, 12))
+def test_a_full_disk_leaves_production_as_it_was_and_no_temporary_file(store, step, monkeypatch):
+    store.promote(MODEL, {})
+    before, calls, whole = contents(store), 0, os.fsync
+
+    def full(handle):
+        nonlocal calls
+        calls += 1
+        if calls == step:
+            raise OSError(28, "No space left on device")
+        whole(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    try:
+        store.promote(MODEL[::-1], {})
+    except OSError:
+        monkeypatch.setattr(os, "fsync", whole)
+        assert not list(store.root.rglob("*.tmp"))
+        assert sha256_hex(store.read()[1]) == store.current()["sha256"]
+        if store.current()["sequence"] == 1:
+            kept = {name: data for name, data in contents(store).items() if not name.startswith("production_backup_")}
+            assert kept == before
+    monkeypatch.setattr(os, "fsync", whole)
+    assert store.promote(b"again", {})["sequence"] >= 2
+
+
+def test_order_does_not_depend_on_the_clock(tmp_path):
+    moments = iter(range(10**9, 0, -10**6))
+    store = ModelStore(tmp_path, clock=lambda: datetime.fromtimestamp(next(moments), timezone.utc))
+    made = [store.promote(bytes([k]), {})["version"] for k in range(5)]
+    assert store.versions() == made and [e["sequence"] for e in store.history()] == [1, 2, 3, 4, 5]
+    assert store.rollback("clock")["version"] == made[3]
+
+
+@pytest.mark.parametrize("version", ["../x", "/etc/passwd", "%2e%2e", "20250901-0001/../../x", "", "20250901-1\n"])
+def test_a_version_that_is_a_path_is_refused(store, version):
+    store.promote(MODEL, {})
+    with pytest.raises(StoreError):
+        store.rollback("attack", version) if version else core.version_id and store.read(version)
+
+
+def test_two_promoters_never_share_a_number(tmp_path):
+    script = "import sys; from ml_ensemble.versioning import ModelStore\nfor k in range(15): ModelStore(sys.argv[1]).promote(sys.argv[2].encode(), {})"
+    running = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path), name]) for name in "ab"]
+    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    assert [event["sequence"] for event in ModelStore(tmp_path).history()] == list(range(1, 31))
+
+
+class Call:
+    """Pickles as a call of `function(*args)`."""
+
+    def __init__(self, function, *args):
+        self.call = (function, args)
+
+    def __reduce__(self):
+        return self.call
+
+
+def persistent(marker):
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, thing):
+            return "secret" if isinstance(thing, set) else None
+    buffer = io.BytesIO()
+    Pickler(buffer).dump({"format": {1}})
+    return buffer.getvalue()
+
+
+def by_extension_code(marker):
+    copyreg.add_extension("os", "system", 240)
+    try:
+        return pickle.dumps(Call(os.system, f"touch {marker}"), protocol=2)
+    finally:
+        copyreg.remove_extension("os", "system", 240)
+
+
+HOSTILE = {
+    "os.system": lambda m: pickle.dumps(Call(os.system, f"touch {m}")),
+    "eval": lambda m: pickle.dumps(Call(eval, f"open({str(m)!r}, 'w')")),
+    "exec": lambda m: pickle.dumps(Call(exec, f"open({str(m)!r}, 'w')")),
+    "open": lambda m: pickle.dumps(Call(open, str(m), "w")),
+    "subprocess": lambda m: pickle.dumps(Call(subprocess.call, ["touch", str(m)])),
+    "getattr": lambda m: pickle.dumps(Call(getattr, os, "system") if False else Call(getattr, "x", "upper")),
+    "__import__": lambda m: pickle.dumps(Call(builtins.__import__, "os")),
+    "nested": lambda m: pickle.dumps({"format": 1, "canary": {"x": [Call(os.system, f"touch {m}")]}}),
+    "numpy": lambda m: pickle.dumps({"format": np.float64(1)}),
+    "pandas": lambda m: pickle.dumps(pd.Series([1])),
+    "our own open": lambda m: b"cml_ensemble.core\nwrite_atomic\n(V" + str(m).encode() + b"\nVx\ntR.",
+    "our own class": lambda m: b"cml_ensemble.ensemble\nProductionEnsemble\n.",
+    "dotted": lambda m: b"\x80\x04\x8c\x14ml_ensemble.ensemble\x94\x8c\x0eio.open_code.x\x94\x93.",
+    "extension code": by_extension_code,
+    "persistent id": persistent,
+    "truncated frame": lambda m: b"\x80\x05\x95\xff\x00\x00\x00\x00\x00\x00\x00}.",
+    "memo out of range": lambda m: b"\x80\x04j\xff\xff\xff\x7f.",
+    "not a pickle": lambda m: b"GIF89a",
+    "a bare number": lambda m: pickle.dumps(7),
+    "endless": lambda m: b"(" * 10_000,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_model_is_refused_and_nothing_of_it_runs(store, tmp_path, name):
+    marker = tmp_path / "ran"
+    model = HOSTILE[name](marker)
+    store.promote(model, {})                      # its hash is right: only the loader stands between it and the process
+    with pytest.raises((UnsafeModelError, IntegrityError)):
+        ProductionEnsemble(store=store)
+    with pytest.raises((UnsafeModelError, IntegrityError)):
+        read_payload(model)
+    assert not marker.exists()
+
+
+def test_every_error_says_what_to_do():
+    kinds = [kind for kind in vars(core).values() if isinstance(kind, type) and issubclass(kind, MLEnsembleError)]
+    assert len(kinds) > 15
+    for kind in kinds:
+        assert str(kind("value 3 is above the limit 2", "Use 2.")) == "value 3 is above the limit 2. Use 2."
