@@ -1,6 +1,8 @@
 # `make` alone prints the targets. Every target makes .venv first when the lock is newer than it.
 PYTHON ?= python3
 BIN := .venv/bin
+# Their outputs are reports of a moment, kept elsewhere; the pages are stored without.
+PAPERMILL_PAGES := nbs/weekly_retrain.ipynb nbs/monitor.ipynb nbs/benchmarks.ipynb
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
@@ -29,18 +31,20 @@ export-check: .venv/.installed
 
 test: export-check ## Export is fresh, nbdev_test, pytest; branch coverage over both
 	@rm -f .coverage .coverage.*
-	@$(BIN)/python -m coverage run -m nbdev.test --n_workers 0 --timing
+	@ML_ENSEMBLE_MODELS=$$(mktemp -d) $(BIN)/python -m coverage run $(BIN)/nbdev_test --n_workers 0
 	@$(BIN)/python -m pytest --cov --cov-append --cov-report=term --cov-fail-under=85
 
 lab: .venv/.installed ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir nbs
 
 notebooks: .venv/.installed ## Re-execute every notebook in place, then clean
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level=WARN nbs/*.ipynb
+	ML_ENSEMBLE_MODELS=$$(mktemp -d) $(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level=WARN nbs/*.ipynb
+	$(BIN)/jupyter nbconvert --clear-output --inplace --log-level=WARN $(PAPERMILL_PAGES)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_clean
 
 bench: .venv/.installed ## Speed and memory
-	$(BIN)/papermill nbs/benchmarks.ipynb - --log-output > /dev/null
+	@$(BIN)/papermill nbs/benchmarks.ipynb - -p bars 1000000 -p repeats 7 -p rows 3000 --no-progress-bar 2>/dev/null \
+	  | $(BIN)/python -c 'import json, sys; [print("".join(o["text"]), end="") for c in json.load(sys.stdin)["cells"] for o in c.get("outputs", []) if o.get("name") == "stdout"]'
 
 lock: .venv/.installed ## Resolve requirements.lock anew from pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes --no-header \

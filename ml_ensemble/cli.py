@@ -30,7 +30,7 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", hel
 
 def console() -> Console:
     "Standard output; wide enough for tables when it is not a terminal."
-    return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else 140, highlight=False, force_jupyter=False)
 
 def fail(error: MLEnsembleError, as_json: bool) -> int:
     "Tell an error, to people or to a program; returns the exit code."
@@ -210,7 +210,7 @@ def predict(
     from ml_ensemble.feature_manager import FeatureManager
     from ml_ensemble.retraining import get_market, run_overrides
     model = ProductionEnsemble(version)
-    settings = load_settings([*(set_ or ()), *run_overrides(source, days)])
+    settings = load_settings(["data.min_bars=100", *(set_ or ()), *run_overrides(source, days)])
     candles = get_market(settings).candles
     features = FeatureManager(settings.data.calendar).generate_features(candles).iloc[-rows:]
     show_predictions(model, candles.loc[features.index], model.predict_proba(features), model.predict(features), as_json)

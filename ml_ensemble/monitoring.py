@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['send_alert', 'Finding', 'Diagnosis', 'check_configuration', 'check_production', 'check_age', 'check_figures',
-           'check_verdict', 'check_disk', 'diagnose']
+           'check_verdict', 'check_disk', 'diagnose', 'version_table', 'plot_versions', 'plot_recent']
 
 # %% ../nbs/20_monitoring.ipynb #c779c255
 import os
@@ -13,11 +13,15 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from warnings import catch_warnings, simplefilter, warn
 
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
 from .config import Settings, load_settings
 from .core import MLEnsembleError, project_root
 from .ensemble import ProductionEnsemble
 from .feature_manager import check_order_file
-from .versioning import ModelStore
+from .versioning import ModelStore, archived, read_metadata
 
 # %% ../nbs/20_monitoring.ipynb #02f0e702
 def send_alert(title: str, body: str) -> bool:
@@ -135,3 +139,38 @@ def diagnose(store: ModelStore | None = None) -> Diagnosis:
     if settings:
         findings.append(check_disk(store, settings))
     return Diagnosis(tuple(findings))
+
+# %% ../nbs/20_monitoring.ipynb #ba06056f
+def version_table(store: ModelStore) -> pd.DataFrame:
+    "Archived versions, oldest first: when trained, skill with its 95 % interval, weighted F1."
+    rows = []
+    for version in store.versions():
+        facts = read_metadata(archived(store, version)[1])
+        figures, (low, high) = facts["metrics"]["metrics"], facts["metrics"]["intervals"]["skill"]
+        rows.append({"version": version, "trained": facts["created_at"][:10], "source": facts["data"]["source"],
+                     "skill": figures["skill"], "skill_low": low, "skill_high": high, "weighted_f1": figures["weighted_f1"]})
+    columns = ["version", "trained", "source", "skill", "skill_low", "skill_high", "weighted_f1"]
+    return pd.DataFrame(rows, columns=columns).set_index("version")
+
+def plot_versions(versions: pd.DataFrame):
+    "Skill of each version with its interval; returns the Axes."
+    ax = Figure(figsize=(9, 2.8), layout="constrained").subplots()
+    error = np.abs(versions[["skill_low", "skill_high"]].to_numpy() - versions[["skill"]].to_numpy()).T
+    ax.errorbar(np.arange(len(versions)), versions["skill"], yerr=error, fmt="o", color="#2a6f97", capsize=3)
+    ax.axhline(0, color="#555555", linewidth=1)
+    ax.set_xticks(np.arange(len(versions)), versions.index, rotation=30, ha="right", fontsize=8)
+    ax.set(ylabel="skill against the prior", title="Out-of-sample skill each version carries, 95 % intervals")
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+def plot_recent(close: pd.Series, proba: np.ndarray) -> Figure:
+    "The price, and beneath it the probability of a buy (last column) as the model gave it bar by bar."
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    above.plot(close.index, close, color="#8a939b", linewidth=1)
+    above.set(ylabel="close", title=f"What the model says of the newest {len(close):,} bars")
+    below.plot(close.index, proba[:, -1], color="#2a6f97", linewidth=1)
+    below.set(ylabel="probability of buy", ylim=(0, 1))
+    for ax in (above, below):
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure
