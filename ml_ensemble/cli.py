@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .core import ConfigError, MLEnsembleError, readable_json
-from .versioning import ModelStore
+from .versioning import ModelStore, present_or_damaged
 
 # %% ../nbs/23_cli.ipynb #0e3e8aa6
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -114,7 +114,7 @@ def plan(source: str | None, days: int | None, overrides: tuple[str, ...]) -> di
     texts = [*overrides, *run_overrides(source, days)]
     settings, paths = load_settings(texts), leaf_paths(core_tree())
     candles, store = get_market(settings).candles, ModelStore()
-    current = store.current()
+    current = present_or_damaged(store)
     return {
         "state": {"production": current and current["version"], "created_at": current and current.get("created_at"),
                   "versions_archived": len(store.versions()), "models": str(store.root)},
@@ -163,7 +163,7 @@ def history(
     "What happened to the store: promotions, rollbacks, refusals, failures."
     store = ModelStore()
     events = store.history()[-limit:]
-    current = (store.current() or {}).get("sequence")
+    current = (present_or_damaged(store) or {}).get("sequence")
     if as_json:
         print(readable_json({"current_sequence": current, "versions": store.versions(), "events": events}), end="")
     elif not events:

@@ -199,6 +199,7 @@ def promote_new(store: ModelStore, model: bytes, metadata: dict, expected: int |
         raise
     return facts
 
+# %% ../nbs/03_versioning.ipynb #e755c6da
 def install(store: ModelStore, model: bytes, facts: dict) -> None:
     "Back up, replace the production pair (metadata last) and write the history."
     backup = backup_pair(store) if (store.production / METADATA_FILE).exists() else None

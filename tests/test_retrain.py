@@ -201,6 +201,7 @@ def test_a_broken_champion_does_not_stop_a_retrain(tmp_path):
         path.write_bytes(b"damaged")
     with pytest.raises(IntegrityError):
         ProductionEnsemble(store=store)
+    (store.production / "production_model_metadata.json").write_text("{")
     assert run(store).promoted
     assert ProductionEnsemble(store=store).get_model_info()["sequence"] == 2
 
