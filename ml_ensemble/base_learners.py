@@ -24,7 +24,8 @@ def make_learners(
     "The three learners, unfitted."
     common = {"random_state": seed, "n_jobs": threads}
     return {
-        "lightgbm": LGBMClassifier(**parameters["lightgbm"], **common, deterministic=True, force_row_wise=True, verbosity=-1),
+        "lightgbm": LGBMClassifier(**parameters["lightgbm"], **common, deterministic=True, force_row_wise=True,
+                                   verbosity=-1),
         "xgboost": XGBClassifier(**parameters["xgboost"], **common, tree_method="hist", verbosity=0),
         "random_forest": RandomForestClassifier(**parameters["random_forest"], **common),
     }
@@ -42,7 +43,8 @@ def encode(
     positions = np.searchsorted(classes, y)
     counts = np.bincount(positions, minlength=len(classes))
     if (counts == 0).any():
-        raise ValidationError(f"class {classes[int((counts == 0).argmax())]} does not occur in a training part of {len(y)} rows",
+        absent = classes[int((counts == 0).argmax())]
+        raise ValidationError(f"class {absent} does not occur in a training part of {len(y)} rows",
                               "Use more data, another labels.threshold, or fewer folds.")
     return positions
 

@@ -24,10 +24,13 @@ from .versioning import ModelStore, present_or_damaged
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Retrain, check and manage the ensemble that trades.")
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
-Source = Annotated[str | None, typer.Option(help="sandbox, or file:PATH (CSV, Parquet, Feather). Default: as configured.")]
+Source = Annotated[str | None, typer.Option(
+    help="sandbox, or file:PATH (CSV, Parquet, Feather). Default: as configured.")]
 Days = Annotated[int | None, typer.Option(min=1, help="Newest days to use. Default: as configured.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting for this run, e.g. labels.horizon=3. Repeatable.")]
+Set = Annotated[list[str] | None, typer.Option(
+    "--set", metavar="KEY=VALUE", help="A setting for this run, e.g. labels.horizon=3. Repeatable.")]
 
+# %% ../nbs/23_cli.ipynb #9186ba09
 def console() -> Console:
     "Standard output; wide enough for tables when it is not a terminal."
     return Console(width=None if sys.stdout.isatty() else 140, highlight=False, force_jupyter=False)
@@ -37,7 +40,8 @@ def fail(error: MLEnsembleError, as_json: bool) -> int:
     if as_json:
         print(readable_json({"error": type(error).__name__, "problem": error.problem, "remedy": error.remedy}), end="")
     else:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]{type(error).__name__}[/]: ", str(error), sep="", markup=True)
+        stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+        stderr.print(f"[bold red]{type(error).__name__}[/]: ", str(error), sep="", markup=True)
     return 2 if isinstance(error, ConfigError) else 1
 
 def main() -> None:
@@ -47,15 +51,17 @@ def main() -> None:
     except MLEnsembleError as error:
         sys.exit(fail(error, "--json" in sys.argv))
     except OSError as error:
-        sys.exit(fail(MLEnsembleError(f"{type(error).__name__}: {error}", "Production was not changed; the same command can be tried again."),
-                      "--json" in sys.argv))
+        told = MLEnsembleError(f"{type(error).__name__}: {error}",
+                               "Production was not changed; the same command can be tried again.")
+        sys.exit(fail(told, "--json" in sys.argv))
 
 # %% ../nbs/23_cli.ipynb #eaec8b9c
 @app.command()
 def retrain(
     source: Source = None, days: Days = None, set_: Set = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show state and plan; write nothing.")] = False,
-    require_promotion: Annotated[bool, typer.Option("--require-promotion", help="Exit 3 when the gate refuses.")] = False,
+    require_promotion: Annotated[bool, typer.Option(
+        "--require-promotion", help="Exit 3 when the gate refuses.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print what the notebook prints.")] = False,
     as_json: Json = False,
 ):
@@ -75,6 +81,7 @@ def retrain(
     if require_promotion and not outcome.promoted:
         raise typer.Exit(3)
 
+# %% ../nbs/23_cli.ipynb #f15fa685
 def log_to_stderr() -> None:
     "Let papermill's log of the cells' output be seen."
     import logging
@@ -124,6 +131,7 @@ def plan(source: str | None, days: int | None, overrides: tuple[str, ...]) -> di
                  "set": {key: value for text in texts for key, value in expand_override(text, paths).items()}},
         "written": False}
 
+# %% ../nbs/23_cli.ipynb #6764517c
 def show_plan(found: dict, as_json: bool) -> None:
     "Print a plan."
     if as_json:
@@ -136,10 +144,10 @@ def show_plan(found: dict, as_json: bool) -> None:
         console().print(table)
     console().print("Dry run: nothing was written.")
 
-# %% ../nbs/23_cli.ipynb #cab16aef
+# %% ../nbs/23_cli.ipynb #c57e6ffb
 @app.command()
 def check(as_json: Json = False):
-    "Diagnose the whole system: production, age, figures, last run, configuration, disk. Exit 1 when it is not fit to trade."
+    "Diagnose the system: production, age, figures, last run, configuration, disk. Exit 1 when it is not fit to trade."
     from ml_ensemble.monitoring import diagnose
     diagnosis = diagnose()
     if as_json:
@@ -172,29 +180,36 @@ def history(
         table = Table("", "at", "event", "version", "sequence", "reason")
         for event in events:
             mark = "▶" if event.get("sequence") == current and current else ""
-            table.add_row(mark, event["at"], event["kind"], *(str(event.get(key, "")) for key in ("version", "sequence", "reason")))
+            facts = (str(event.get(key, "")) for key in ("version", "sequence", "reason"))
+            table.add_row(mark, event["at"], event["kind"], *facts)
         console().print(table)
 
+# %% ../nbs/23_cli.ipynb #477dadb9
 @app.command()
 def rollback(
     reason: Annotated[str, typer.Option(help="Why; it goes on record.")],
-    to: Annotated[str | None, typer.Option(metavar="VERSION", help="An archived version. Default: the one before the present.")] = None,
+    to: Annotated[str | None, typer.Option(
+        metavar="VERSION", help="An archived version. Default: the one before the present.")] = None,
     as_json: Json = False,
 ):
     "Bring an archived version back into production, after loading it in a fresh process."
     from ml_ensemble.training import probe_artefact
     facts = ModelStore().rollback(reason, to, verify=probe_artefact)
-    answer = {"version": facts["version"], "sequence": facts["sequence"], "replaced": facts["event"]["replaced"], "reason": reason}
+    replaced = facts["event"]["replaced"]
+    answer = {"version": facts["version"], "sequence": facts["sequence"], "replaced": replaced, "reason": reason}
     if as_json:
         print(readable_json(answer), end="")
     else:
-        console().print(f"[bold green]Version {facts['version']} is back in production[/] in place of {facts['event']['replaced']}.")
+        console().print(f"[bold green]Version {facts['version']} is back in production[/] in place of {replaced}.")
 
 @app.command()
 def backup(as_json: Json = False):
     "Copy the production pair to models/production_backup_<timestamp>/."
     folder = ModelStore().backup()
-    print(readable_json({"backup": str(folder)}) if as_json else f"Backed up to {nearby(folder)}", end="" if as_json else "\n")
+    if as_json:
+        print(readable_json({"backup": str(folder)}), end="")
+    else:
+        print(f"Backed up to {nearby(folder)}")
 
 # %% ../nbs/23_cli.ipynb #3e5fcf1d
 @app.command()
@@ -213,19 +228,22 @@ def predict(
     settings = load_settings(["data.min_bars=100", *(set_ or ()), *run_overrides(source, days)])
     candles = get_market(settings).candles
     features = FeatureManager(settings.data.calendar).generate_features(candles).iloc[-rows:]
-    show_predictions(model, candles.loc[features.index], model.predict_proba(features), model.predict(features), as_json)
+    proba, decisions = model.predict_proba(features), model.predict(features)
+    show_predictions(model, candles.loc[features.index], proba, decisions, as_json)
 
+# %% ../nbs/23_cli.ipynb #aafaf965
 def show_predictions(model, candles, proba, decisions, as_json: bool) -> None:
     "Bars with what the model says of them."
     names, info = {-1: "sell", 0: "hold", 1: "buy"}, model.get_model_info()
-    table = Table("time", "close", *(f"p({names[c]})" for c in info["classes"]), "decision", title=f"Version {info['version']}",
-                  title_justify="left")
+    table = Table("time", "close", *(f"p({names[c]})" for c in info["classes"]), "decision",
+                  title=f"Version {info['version']}", title_justify="left")
     rows = []
     for time, close, p, decision in zip(candles.index, candles["close"], proba, decisions):
         p = [None if value != value else round(float(value), 6) for value in p]
-        rows.append({"time": time.isoformat(), "close": float(close), "probabilities": dict(zip(map(str, info["classes"]), p)),
-                     "decision": int(decision)})
-        table.add_row(f"{time:%Y-%m-%d %H:%M}", f"{close:g}", *("–" if value is None else f"{value:.3f}" for value in p), names[int(decision)])
+        rows.append({"time": time.isoformat(), "close": float(close),
+                     "probabilities": dict(zip(map(str, info["classes"]), p)), "decision": int(decision)})
+        shown = ("–" if value is None else f"{value:.3f}" for value in p)
+        table.add_row(f"{time:%Y-%m-%d %H:%M}", f"{close:g}", *shown, names[int(decision)])
     if as_json:
         print(readable_json({"version": info["version"], "predictions": rows}), end="")
     else:

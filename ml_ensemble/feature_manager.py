@@ -54,7 +54,8 @@ SPEC = (
     Feature("ema_20", "trend", "EMA 20 of close", {"period": 20}, 19, "quote"),
     Feature("ema_50", "trend", "EMA 50 of close", {"period": 50}, 49, "quote"),
     Feature("volume_ratio", "volume", "volume / SMA 20 of volume", {"period": 20}, 19, "ratio"),
-    Feature("zscore", "anomaly", "(close - SMA 20) / population standard deviation 20", {"period": 20}, 19, "deviations"),
+    Feature("zscore", "anomaly", "(close - SMA 20) / population standard deviation 20",
+            {"period": 20}, 19, "deviations"),
 )
 FEATURE_NAMES = tuple(feature.name for feature in SPEC)
 INDICATOR_VERSION = 1   # raise it whenever `01_indicators` computes something else
@@ -199,8 +200,8 @@ def ohlcv_columns(candles) -> dict[str, np.ndarray]:
     return {"time": time, **{name: _column(candles, name) for name in OHLCV}}
 
 # %% ../nbs/02_feature_manager.ipynb #6f9c895b
-VIEW_NAMES = ("returns_1", "rsi_14", "macd/close", "macd_signal/close", "macd_histogram/atr", "atr/close", "bb_position",
-              "close/ema_20", "close/ema_50", "ema_20/ema_50", "ema_20_distance/atr", "volume_ratio")
+VIEW_NAMES = ("returns_1", "rsi_14", "macd/close", "macd_signal/close", "macd_histogram/atr", "atr/close",
+              "bb_position", "close/ema_20", "close/ema_50", "ema_20/ema_50", "ema_20_distance/atr", "volume_ratio")
 
 def scale_free(
     features: np.ndarray,  # (T, 12) float64, the features in their order
@@ -303,7 +304,7 @@ class FeatureStream:
         self._state, self._values = new_state(), [0.0] * len(SPEC)
 
     def step(self, open: float, high: float, low: float, close: float, volume: float) -> np.ndarray:
-        "Take the newest closed bar; (12,) float64, NaN during warm-up. A bar that breaks a rule leaves the state as it was."
+        "Take the newest closed bar; (12,) float64, NaN during warm-up. A bar that breaks a rule changes nothing."
         high, low, close, volume = check_bar(open, high, low, close, volume)
         update(self._state, high, low, close, volume, self._values)
         return np.array(self._values)
@@ -346,7 +347,8 @@ def restore_state(text: str, fingerprint: str) -> list[float]:
         saved = json.loads(text)
         state = [float(value) for value in saved["state"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise FeatureError(f"the saved stream cannot be read ({error})", "Warm up a new stream from history.") from error
+        raise FeatureError(f"the saved stream cannot be read ({error})",
+                           "Warm up a new stream from history.") from error
     if saved.get("fingerprint") != fingerprint or len(state) != len(new_state()) or not np.isfinite(state).all():
         raise FeatureError("the saved stream belongs to another definition of the features",
                            "Warm up a new stream from history.")

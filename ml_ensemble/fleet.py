@@ -21,7 +21,7 @@ def silent(text: str) -> None:
     "Progress that nobody reads: a worker has no terminal."
 
 def judge_market(source: str, overrides: tuple[str, ...] = ()) -> Evaluation:
-    "Out-of-sample evaluation of the configured recipe on one market; `source` is `sandbox`, `file:PATH` or `sandbox#seed`."
+    "Out-of-sample evaluation of the recipe on one market; `source` is `sandbox`, `file:PATH` or `sandbox#seed`."
     kind, _, seed = source.partition("#")
     texts = [*overrides, f"data.source={kind}", *([f"data.sandbox_seed={seed}"] if seed else [])]
     settings = load_settings(texts)
@@ -35,9 +35,11 @@ def market_row(source: str, overrides: tuple[str, ...] = ()) -> dict:
     except MLEnsembleError as error:
         return {"source": source, "error": f"{type(error).__name__}: {error.problem}"}
     figures, (low, high) = evaluation.metrics, evaluation.intervals["skill"]
-    return {"source": source, "rows": figures["samples"], "skill": figures["skill"], "skill_low": low, "skill_high": high,
-            "weighted_f1": figures["weighted_f1"], "f1_over_majority": figures["weighted_f1_minus_majority"], "error": ""}
+    return {"source": source, "rows": figures["samples"],
+            "skill": figures["skill"], "skill_low": low, "skill_high": high, "weighted_f1": figures["weighted_f1"],
+            "f1_over_majority": figures["weighted_f1_minus_majority"], "error": ""}
 
+# %% ../nbs/22_fleet.ipynb #8a15da3d
 def judge_fleet(
     markets: Mapping[str, str],        # name -> source
     overrides: tuple[str, ...] = (),   # settings for all of them, key=value

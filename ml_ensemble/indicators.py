@@ -137,6 +137,7 @@ def compiled():
         scope[name] = njit(cache="__file__" in scope)(FunctionType(plain.__code__, scope, name, plain.__defaults__))
     return scope["run"]
 
+# %% ../nbs/01_indicators.ipynb #3988d524
 def compute(
     high: np.ndarray,    # (T,) float64
     low: np.ndarray,     # (T,) float64

@@ -217,10 +217,12 @@ def _lacking(time: np.ndarray, max_fill: float) -> np.ndarray:
         return np.zeros(len(time), dtype=np.int64)
     lacking = np.append(np.maximum((np.diff(time) - 1) // interval, 0), 0)
     if (missing := int(lacking.sum())) > max_fill * (len(time) + missing):
-        raise GapError(f"{missing:,} of {len(time) + missing:,} bars are missing, fill_gaps fills at most {max_fill:.2%}",
+        raise GapError(f"{missing:,} of {len(time) + missing:,} bars are missing, "
+                       f"fill_gaps fills at most {max_fill:.2%}",
                        "Fetch them, raise data.max_fill, or set calendar to sessions for a market that closes.")
     return lacking
 
+# %% ../nbs/11_market_data.ipynb #0cf9b414
 def _fill_gaps(candles: pd.DataFrame, max_fill: float) -> tuple[pd.DataFrame, int]:
     time = candles.index.asi8
     interval, lacking = bar_interval(time), _lacking(time, max_fill)

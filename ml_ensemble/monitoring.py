@@ -25,7 +25,7 @@ from .versioning import ModelStore, archived, read_metadata
 
 # %% ../nbs/20_monitoring.ipynb #02f0e702
 def send_alert(title: str, body: str) -> bool:
-    "Tell whoever `ML_ENSEMBLE_ALERT_URLS` names; True when every one of them took it, False when nobody is named or one failed."
+    "Tell whoever `ML_ENSEMBLE_ALERT_URLS` names; True when every one of them took it, False also when nobody is named."
     urls = os.environ.get("ML_ENSEMBLE_ALERT_URLS", "").split()
     if not urls:
         return False
@@ -38,7 +38,8 @@ def send_alert(title: str, body: str) -> bool:
         warn(f"the alert could not be sent ({type(error).__name__})", RuntimeWarning, stacklevel=2)
         return False
     if not delivered:
-        warn(f"the alert {title!r} did not reach all {len(urls)} receivers of ML_ENSEMBLE_ALERT_URLS", RuntimeWarning, stacklevel=2)
+        warn(f"the alert {title!r} did not reach all {len(urls)} receivers of ML_ENSEMBLE_ALERT_URLS",
+             RuntimeWarning, stacklevel=2)
     return delivered
 
 # %% ../nbs/20_monitoring.ipynb #7a0256fc
@@ -66,7 +67,8 @@ class Diagnosis:
 
     def _repr_markdown_(self) -> str:
         rows = "\n".join(f"| {f.part} | {f.status} | {f.seen} | {f.remedy} |" for f in self.findings)
-        return f"**{'Fit to trade' if self.healthy else 'NOT fit to trade'}**\n\n| part | | seen | remedy |\n|---|---|---|---|\n{rows}"
+        verdict = "Fit to trade" if self.healthy else "NOT fit to trade"
+        return f"**{verdict}**\n\n| part | | seen | remedy |\n|---|---|---|---|\n{rows}"
 
 # %% ../nbs/20_monitoring.ipynb #41a1514a
 def check_configuration() -> tuple[Finding, Settings | None]:
@@ -89,16 +91,18 @@ def check_production(store: ModelStore) -> tuple[Finding, ProductionEnsemble | N
     info = model.get_model_info()
     damage = [str(warning.message) for warning in caught if "serves instead" in str(warning.message)]
     if damage:
-        return Finding("production", "fault", damage[0], "Run `ml-ensemble rollback --to VERSION` with the version named above."), model
-    return Finding("production", "ok", f"version {info['version']}, sha256 {info['sha256'][:12]}, canary rows agree"), model
+        remedy = "Run `ml-ensemble rollback --to VERSION` with the version named above."
+        return Finding("production", "fault", damage[0], remedy), model
+    seen = f"version {info['version']}, sha256 {info['sha256'][:12]}, canary rows agree"
+    return Finding("production", "ok", seen), model
 
 # %% ../nbs/20_monitoring.ipynb #3359374e
 def check_age(info: dict, settings: Settings, now: datetime) -> Finding:
     "Days since the version was trained."
     days = (now - datetime.fromisoformat(info["created_at"])).total_seconds() / 86400
     limit = settings.production.max_age_days
-    status = "ok" if days <= limit else "fault"
-    return Finding("age", status, f"{days:.1f} days since training, the limit is {limit:g}", "" if status == "ok" else "Run `ml-ensemble retrain`.")
+    seen = f"{days:.1f} days since training, the limit is {limit:g}"
+    return Finding("age", "ok", seen) if days <= limit else Finding("age", "fault", seen, "Run `ml-ensemble retrain`.")
 
 def check_figures(info: dict, settings: Settings) -> Finding:
     "Out-of-sample figures the version carries, against the floor."
@@ -118,12 +122,15 @@ def check_verdict(store: ModelStore) -> Finding:
     return Finding("last run", "ok", seen) if last["kind"] == "promotion" else Finding(
         "last run", "warning", seen, "Read its report in models/reports/; the version before it still trades.")
 
+# %% ../nbs/20_monitoring.ipynb #e86f719e
 def check_disk(store: ModelStore, settings: Settings) -> Finding:
     "Free space where versions are written."
     place = next(path for path in (store.root, *store.root.parents) if path.exists())
     free, limit = shutil.disk_usage(place).free / 1e6, settings.production.min_free_disk_mb
     seen = f"{free:,.0f} MB free, {limit:,.0f} wanted"
-    return Finding("disk", "ok", seen) if free >= limit else Finding("disk", "fault", seen, "Free some space under models/.")
+    if free >= limit:
+        return Finding("disk", "ok", seen)
+    return Finding("disk", "fault", seen, "Free some space under models/.")
 
 # %% ../nbs/20_monitoring.ipynb #4e478139
 def diagnose(store: ModelStore | None = None) -> Diagnosis:
@@ -148,7 +155,8 @@ def version_table(store: ModelStore) -> pd.DataFrame:
         facts = read_metadata(archived(store, version)[1])
         figures, (low, high) = facts["metrics"]["metrics"], facts["metrics"]["intervals"]["skill"]
         rows.append({"version": version, "trained": facts["created_at"][:10], "source": facts["data"]["source"],
-                     "skill": figures["skill"], "skill_low": low, "skill_high": high, "weighted_f1": figures["weighted_f1"]})
+                     "skill": figures["skill"], "skill_low": low, "skill_high": high,
+                     "weighted_f1": figures["weighted_f1"]})
     columns = ["version", "trained", "source", "skill", "skill_low", "skill_high", "weighted_f1"]
     return pd.DataFrame(rows, columns=columns).set_index("version")
 
@@ -163,6 +171,7 @@ def plot_versions(versions: pd.DataFrame):
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
+# %% ../nbs/20_monitoring.ipynb #29fd5ae0
 def plot_recent(close: pd.Series, proba: np.ndarray) -> Figure:
     "The price, and beneath it the probability of a buy (last column) as the model gave it bar by bar."
     figure = Figure(figsize=(9, 4), layout="constrained")

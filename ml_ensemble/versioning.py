@@ -28,7 +28,8 @@ VERSION = re.compile(r"\d{8}-\d{4,}")
 def check_version(version: str) -> str:
     "A version's name, or an error: it becomes part of a path, so nothing else may pass."
     if not isinstance(version, str) or not VERSION.fullmatch(version):
-        raise StoreError(f"{version!r} is not a version", "Versions look like 20250904-0007; see `ml-ensemble history`.")
+        raise StoreError(f"{version!r} is not a version",
+                         "Versions look like 20250904-0007; see `ml-ensemble history`.")
     return version
 
 # %% ../nbs/03_versioning.ipynb #50bf9cba
@@ -86,7 +87,8 @@ class ModelStore:
 
     def versions(self) -> list[str]:
         "All archived versions, oldest first."
-        found = (path.stem.removeprefix("production_model_metadata_") for path in self.archive.glob("production_model_metadata_*.json"))
+        prefix = "production_model_metadata_"
+        found = (path.stem.removeprefix(prefix) for path in self.archive.glob(f"{prefix}*.json"))
         return sorted((v for v in found if VERSION.fullmatch(v)), key=lambda v: int(v[9:]))
 
     def history(self) -> list[dict]:
@@ -107,7 +109,8 @@ class ModelStore:
         with self.locked():
             return promote_new(self, model, metadata, expected, verify)
 
-    def rollback(self, reason: str, version: str | None = None, *, verify: Callable[[Path], None] | None = None) -> dict:
+    def rollback(self, reason: str, version: str | None = None, *,
+                 verify: Callable[[Path], None] | None = None) -> dict:
         "Bring an archived version back (by default the one before the present); returns its metadata."
         with self.locked():
             return roll_back(self, reason, version, verify)
@@ -146,6 +149,7 @@ def read_bytes(path: Path) -> bytes:
     except FileNotFoundError:
         raise IntegrityError(f"{path} is missing", "Restore it from git, a backup, or roll back.") from None
 
+# %% ../nbs/03_versioning.ipynb #307481c6
 def read_production(store: ModelStore) -> tuple[dict, bytes]:
     "Metadata and verified bytes of the version in production, or of the newest whole one before it."
     path = store.production / MODEL_FILE
@@ -177,6 +181,7 @@ def next_sequence(store: ModelStore, current: dict | None) -> int:
     used = [event["sequence"] for event in store.history() if "sequence" in event]
     return max([current["sequence"] if current else 0, *used]) + 1
 
+# %% ../nbs/03_versioning.ipynb #670c5536
 def promote_new(store: ModelStore, model: bytes, metadata: dict, expected: int | None, verify) -> dict:
     "The steps of a promotion; the caller holds the lock."
     current, now = present_or_damaged(store), store.clock()

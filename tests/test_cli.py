@@ -16,9 +16,8 @@ def cli(tmp_path_factory):
     models = tmp_path_factory.mktemp("cli") / "models"
 
     def call(*words, env=None, cwd=None):
-        done = subprocess.run([sys.executable, "-m", "ml_ensemble.cli", *words], capture_output=True, text=True, cwd=cwd,
-                              env={**os.environ, "ML_ENSEMBLE_MODELS": str(models), **(env or {})})
-        return done
+        return subprocess.run([sys.executable, "-m", "ml_ensemble.cli", *words], capture_output=True, text=True,
+                              cwd=cwd, env={**os.environ, "ML_ENSEMBLE_MODELS": str(models), **(env or {})})
     call.models = models
     return call
 
@@ -39,14 +38,16 @@ def test_a_life_on_the_command_line(cli):
 
     check = cli("check", "--json")
     assert check.returncode == 0, check.stdout
-    assert {f["part"] for f in json.loads(check.stdout)["findings"]} == {"configuration", "production", "age", "figures", "last run", "disk"}
+    parts = {finding["part"] for finding in json.loads(check.stdout)["findings"]}
+    assert parts == {"configuration", "production", "age", "figures", "last run", "disk"}
     assert "Fit to trade" in cli("check").stdout
 
     events = json.loads(cli("history", "--json").stdout)["events"]
     assert [event["kind"] for event in events] == ["promotion", "refusal"]
     assert "promotion" in cli("history").stdout
     assert "production_backup_" in cli("backup").stdout and len(list(cli.models.glob("production_backup_*"))) == 1
-    assert json.loads(cli("backup", "--json").stdout)["backup"].endswith("-2") or len(list(cli.models.glob("production_backup_*"))) == 2
+    again = json.loads(cli("backup", "--json").stdout)["backup"]
+    assert again.endswith("-2") or len(list(cli.models.glob("production_backup_*"))) == 2
 
     rows = json.loads(cli("predict", "--days", "100", "--rows", "3", "--json").stdout)["predictions"]
     assert len(rows) == 3 and all(abs(sum(row["probabilities"].values()) - 1) < 1e-5 for row in rows)
@@ -63,8 +64,9 @@ def test_verbose_shows_what_the_notebook_prints(cli):
 
 @pytest.mark.parametrize("words, told", [
     (["retrain", "--set", "horizn=3"], "Did you mean horizon"), (["retrain", "--source", "ftp:x"], "data.source"),
-    (["retrain", "--dry-run", "--source", "file:missing.csv"], "there is no file"), (["retrain", "--days", "0"], "Invalid value"),
-    (["predict", "--version", "../x"], "is not a version"), (["rollback"], "Missing option"), (["dance"], "No such command")])
+    (["retrain", "--dry-run", "--source", "file:missing.csv"], "there is no file"),
+    (["retrain", "--days", "0"], "Invalid value"), (["predict", "--version", "../x"], "is not a version"),
+    (["rollback"], "Missing option"), (["dance"], "No such command")])
 def test_a_wrong_call_is_answered_with_a_remedy_and_no_traceback(cli, words, told, tmp_path):
     done = cli(*words, cwd=None)
     assert done.returncode in (1, 2) and told in done.stderr.replace("\n", " ") and "Traceback" not in done.stderr

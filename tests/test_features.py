@@ -24,8 +24,8 @@ def oracle(high, low, close, volume) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.column_stack([
             close, volume, talib.ROCP(close, 1), talib.RSI(close, 14), macd, signal, talib.ATR(high, low, close, 14),
-            (close - lower) / (upper - lower), talib.EMA(close, 20), talib.EMA(close, 50), volume / talib.SMA(volume, 20),
-            (close - middle) / talib.STDDEV(close, 20)])
+            (close - lower) / (upper - lower), talib.EMA(close, 20), talib.EMA(close, 50),
+            volume / talib.SMA(volume, 20), (close - middle) / talib.STDDEV(close, 20)])
 
 
 @pytest.mark.parametrize("market", ["nasdaq", "sp500", "sandbox"])
@@ -39,7 +39,8 @@ def test_every_column_equals_talib_from_its_first_defined_bar(market, request):
         # A difference of two averages has no more correct digits than the averages themselves.
         scale = made["close"].to_numpy()[WARMUP:] if name.startswith("macd") else 1.0
         near_zero = {"bb_position", "zscore", "returns_1"}
-        np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9 if name in near_zero else 1e-12 * np.max(scale), err_msg=name)
+        atol = 1e-9 if name in near_zero else 1e-12 * np.max(scale)
+        np.testing.assert_allclose(got, want, rtol=1e-9, atol=atol, err_msg=name)
 
 
 @st.composite
@@ -47,7 +48,8 @@ def series(draw):
     """High, low, close, volume with quiet stretches, jumps and bars without trade."""
     n = draw(st.integers(60, 160))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    moves = rng.normal(0, draw(st.sampled_from([0.001, 0.01, 0.2])), n) * (rng.random(n) > draw(st.sampled_from([0.0, 0.5])))
+    moves = rng.normal(0, draw(st.sampled_from([0.001, 0.01, 0.2])), n)
+    moves *= rng.random(n) > draw(st.sampled_from([0.0, 0.5]))
     close = draw(st.sampled_from([0.05, 100.0, 5e6])) * np.exp(np.cumsum(moves))
     high, low = close * (1 + rng.exponential(0.003, n)), close * (1 - rng.random(n) * 0.01)
     volume = rng.lognormal(2, 1, n) * (rng.random(n) > draw(st.sampled_from([0.0, 0.3])))
@@ -74,13 +76,14 @@ def test_degenerate_windows_have_their_stated_values():
     flat, quiet = np.full(80, 123.456), np.zeros(80)
     row = compute(flat, flat, flat, quiet)[-1]
     assert dict(zip(FEATURE_NAMES, row)) | {} == {
-        "close": 123.456, "volume": 0.0, "returns_1": 0.0, "rsi_14": talib.RSI(flat, 14)[-1], "macd": pytest.approx(0, abs=1e-9), "macd_signal": pytest.approx(0, abs=1e-9),
+        "close": 123.456, "volume": 0.0, "returns_1": 0.0, "rsi_14": talib.RSI(flat, 14)[-1],
+        "macd": pytest.approx(0, abs=1e-9), "macd_signal": pytest.approx(0, abs=1e-9),
         "atr_14": 0.0, "bb_position": 0.5, "ema_20": pytest.approx(123.456), "ema_50": pytest.approx(123.456),
         "volume_ratio": 0.0, "zscore": 0.0}
 
 
 def test_no_feature_looks_ahead(sandbox):
-    """The last row over a prefix is that row of the whole, bit for bit; and a poisoned future changes nothing before it."""
+    """The last row over a prefix is that row of the whole, bit for bit; a poisoned future changes nothing before it."""
     candles = sandbox.iloc[:260]
     whole = FeatureManager().generate_features(candles).to_numpy()
     for t in range(1, len(candles)):
@@ -134,5 +137,6 @@ def test_the_index_is_kept_and_the_input_untouched(sandbox):
 def test_production_imports_stay_light():
     script = ("import json, sys\nfrom ml_ensemble import ProductionEnsemble, FeatureManager\nFeatureManager()\n"
               "print(json.dumps(sorted(sys.modules)))")
-    modules = set(json.loads(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout))
-    assert not modules & {"pandas", "pydantic", "sklearn", "lightgbm", "xgboost", "numba", "scipy", "matplotlib", "yaml", "typer"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    heavy = {"pandas", "pydantic", "sklearn", "lightgbm", "xgboost", "numba", "scipy", "matplotlib", "yaml", "typer"}
+    assert not heavy & set(json.loads(done.stdout))

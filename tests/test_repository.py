@@ -48,7 +48,8 @@ def test_the_export_is_fresh():
 def test_each_notebook_has_its_own_module_named_like_it_and_no_module_is_an_orphan():
     modules = [module_of(path) for path in NUMBERED]
     assert len(set(modules)) == len(modules)
-    assert [path.stem[3:] for path in NUMBERED if module_of(path) != "__init__"] == [m for m in modules if m != "__init__"]
+    stems = [path.stem[3:] for path in NUMBERED if module_of(path) != "__init__"]
+    assert stems == [module for module in modules if module != "__init__"]
     assert {p.stem for p in (ROOT / "ml_ensemble").glob("*.py")} == {*modules, "_modidx"}
     assert not any("default_exp" in source or "#| export" in source for path in PAGES for source in code(path))
 
@@ -69,7 +70,8 @@ def test_exported_cells_are_short_and_plain(path):
         assert "@patch" not in source
         assert not re.search(r"^\s*from \S+ import \*", source, re.M)
         kinds = {type(node) for node in ast.parse(source).body}
-        assert not (kinds & {ast.Import, ast.ImportFrom} and kinds & {ast.FunctionDef, ast.ClassDef}), "imports have their own cell"
+        imports, definitions = kinds & {ast.Import, ast.ImportFrom}, kinds & {ast.FunctionDef, ast.ClassDef}
+        assert not (imports and definitions), "imports have their own cell"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
@@ -86,7 +88,8 @@ def test_a_notebook_begins_with_title_and_promise_and_is_clean(path):
             assert output.output_type != "error"
 
 
-@pytest.mark.parametrize("path", [p for p in PAGES if p.stem in ("weekly_retrain", "monitor", "benchmarks")], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [path for path in PAGES if path.stem in ("weekly_retrain", "monitor", "benchmarks")],
+                         ids=lambda path: path.stem)
 def test_a_papermill_page_has_exactly_one_parameters_cell_and_every_parameter_is_typed_and_told(path):
     import papermill
     cells = [cell for cell in nbformat.read(path, 4).cells if "parameters" in cell.metadata.get("tags", [])]
@@ -103,11 +106,13 @@ def test_the_settings_keep_the_parameters_tag_when_notebooks_are_cleaned():
 
 
 def test_the_top_level_holds_what_it_should():
-    tracked = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, text=True, capture_output=True, check=True).stdout.split("\n")
+    done = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, text=True,
+                          capture_output=True, check=True)
+    tracked = done.stdout.split("\n")
     top = {name.split("/")[0] for name in tracked if name}
     assert {"nbs", "ml_ensemble", "settings.ini", "models", "config", "tests", ".github"} <= top
-    assert top <= {"nbs", "ml_ensemble", "settings.ini", "models", "config", "tests", ".github", ".ci", "README.md", "LICENSE",
-                   "Makefile", "pyproject.toml", "requirements.lock", ".gitignore", ".gitattributes"}
+    assert top <= {"nbs", "ml_ensemble", "settings.ini", "models", "config", "tests", ".github", ".ci", "README.md",
+                   "LICENSE", "Makefile", "pyproject.toml", "requirements.lock", ".gitignore", ".gitattributes"}
     assert not [name for name in tracked if re.search(r"\.(pkl|onnx|feather|parquet|csv|joblib)$", name)]
     assert {f"models/{p}README.md" for p in ("", "production/", "training/", "archive/", "reports/")} <= set(tracked)
 
@@ -132,8 +137,8 @@ def test_the_version_is_the_same_everywhere():
 
 def test_the_workflows_are_valid_and_the_weekly_one_does_what_it_says():
     files = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-    done = subprocess.run([sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", *files],
-                          capture_output=True, text=True)
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", *files]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     weekly = yaml.safe_load((ROOT / ".github/workflows/weekly-retrain.yml").read_text())
     triggers = weekly[True]                      # YAML 1.1 reads the key `on` as true
@@ -146,7 +151,8 @@ def test_the_workflows_are_valid_and_the_weekly_one_does_what_it_says():
 
 
 def test_models_are_kept_by_git_lfs():
-    done = subprocess.run(["git", "check-attr", "filter", "models/production/production_ensemble.pkl"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(["git", "check-attr", "filter", "models/production/production_ensemble.pkl"], cwd=ROOT,
+                          capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("filter: lfs")
 
 

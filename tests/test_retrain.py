@@ -59,12 +59,15 @@ def test_the_store_has_the_layout_it_promises(twice):
     store, first, second = twice
     assert first.promoted and second.promoted
     here = {p.relative_to(store.root).as_posix() for p in store.root.rglob("*") if p.is_file()}
-    expected = {"production/production_ensemble.pkl", "production/production_model_metadata.json", "archive/history.jsonl",
-                *(f"training/{name}_model.pkl" for name in ("lightgbm", "xgboost", "random_forest")), "training/training_metadata.json"}
+    expected = {"production/production_ensemble.pkl", "production/production_model_metadata.json",
+                "archive/history.jsonl", "training/training_metadata.json",
+                *(f"training/{name}_model.pkl" for name in ("lightgbm", "xgboost", "random_forest"))}
     for outcome in (first, second):
-        expected |= {f"archive/production_ensemble_{outcome.version}.pkl", f"archive/production_model_metadata_{outcome.version}.json"}
+        expected |= {f"archive/production_ensemble_{outcome.version}.pkl",
+                     f"archive/production_model_metadata_{outcome.version}.json"}
         expected |= {f"reports/{outcome.report.stem}{suffix}" for suffix in (".ipynb", ".html")}
-    backups = {name for name in here if re.fullmatch(r"production_backup_\d{8}T\d{6}Z/production_(ensemble\.pkl|model_metadata\.json)", name)}
+    backup = r"production_backup_\d{8}T\d{6}Z/production_(ensemble\.pkl|model_metadata\.json)"
+    backups = {name for name in here if re.fullmatch(backup, name)}
     assert len(backups) == 2                                   # one backup, of the first version, before the second
     assert here - {".lock"} == expected | backups
 
@@ -115,8 +118,8 @@ model = ProductionEnsemble()
 print(len(model.predict(features)), model.predict_proba(features).shape, model.get_model_info()["weights"]["lightgbm"])
 print(sorted({"sklearn", "lightgbm", "xgboost", "numba", "pydantic"} & set(sys.modules)))
 """
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "candles.parquet")], capture_output=True, text=True,
-                          env={**os.environ, "ML_ENSEMBLE_MODELS": str(store.root)}, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "candles.parquet")], capture_output=True,
+                          text=True, env={**os.environ, "ML_ENSEMBLE_MODELS": str(store.root)}, cwd=tmp_path)
     assert done.stdout.splitlines() == ["1500 (1500, 2) 0.4", "[]"], done.stderr
 
 
@@ -125,7 +128,8 @@ def test_the_report_shows_every_step_and_stands_alone(twice):
     notebook = nbformat.read(first.report, 4)
     html = first.report.with_suffix(".html").read_text()
     titles = re.findall(r"^## (.+)$", "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown"), re.M)
-    assert titles == ["Settings", "Candles", "Features", "Labels", "Walk-forward", "Out-of-sample figures", "Candidate", "Verdict"]
+    assert titles == ["Settings", "Candles", "Features", "Labels", "Walk-forward", "Out-of-sample figures", "Candidate",
+                      "Verdict"]
     assert "The gate passes this candidate" in html and html.count("data:image/png;base64") >= 6
     assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=[\"']?(https?:)?//", html)
     assert not re.search(r"(import|from) [\"']https?:", html)
@@ -138,9 +142,11 @@ def test_rollback_brings_the_first_version_back(tmp_path, monkeypatch, sandbox):
     before = ProductionEnsemble(first.version, store=store).predict_proba(features)
     assert not np.allclose(before, ProductionEnsemble(store=store).predict_proba(features), equal_nan=True)
     monkeypatch.setenv("ML_ENSEMBLE_MODELS", str(store.root))
-    done = subprocess.run([sys.executable, "-m", "ml_ensemble.cli", "rollback", "--reason", "test", "--json"], capture_output=True, text=True)
+    command = [sys.executable, "-m", "ml_ensemble.cli", "rollback", "--reason", "test", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"version": first.version, "sequence": 3, "replaced": second.version, "reason": "test"}
+    answer = {"version": first.version, "sequence": 3, "replaced": second.version, "reason": "test"}
+    assert json.loads(done.stdout) == answer
     np.testing.assert_array_equal(ProductionEnsemble(store=store).predict_proba(features), before)
     assert store.history()[-1]["reason"] == "test"
 
@@ -216,8 +222,8 @@ def test_a_passed_parameter_takes_effect_in_the_notebook(twice):
 
 def test_three_classes_and_triple_barrier_go_all_the_way(tmp_path, sandbox):
     store = ModelStore(tmp_path / "models")
-    outcome = run(store, "classes=3", "method=triple_barrier", "horizon=4", "threshold=0.015", "min_weighted_f1=-1", "min_skill_lower=-1",
-                  "min_f1_over_majority=-1", "max_calibration_error=1")
+    outcome = run(store, "classes=3", "method=triple_barrier", "horizon=4", "threshold=0.015", "min_weighted_f1=-1",
+                  "min_skill_lower=-1", "min_f1_over_majority=-1", "max_calibration_error=1")
     assert outcome.promoted, str(outcome.verdict)
     model = ProductionEnsemble(store=store)
     proba = model.predict_proba(FeatureManager().generate_features(sandbox))

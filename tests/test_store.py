@@ -23,7 +23,8 @@ MODEL = bytes(range(256)) * 8
 
 
 def contents(store: ModelStore) -> dict:
-    return {p.relative_to(store.root).as_posix(): p.read_bytes() for p in sorted(store.root.rglob("*")) if p.is_file() and p.name != ".lock"}
+    files = (path for path in sorted(store.root.rglob("*")) if path.is_file() and path.name != ".lock")
+    return {path.relative_to(store.root).as_posix(): path.read_bytes() for path in files}
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
@@ -56,7 +57,8 @@ def test_the_version_before_serves_when_both_copies_are_damaged(store):
     assert model == MODEL and facts["version"] != newest
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 1}', '{"version": "20250901-0001", "sequence": 1, "sha256": NaN}',
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 1}',
+                                  '{"version": "20250901-0001", "sequence": 1, "sha256": NaN}',
                                   '{"version": "../x", "sequence": 1, "sha256": "0"}', "\x00"])
 def test_damaged_metadata_is_a_named_error_and_the_last_good_version_serves(store, text):
     store.promote(MODEL, {})
@@ -159,7 +161,8 @@ def test_a_version_that_is_a_path_is_refused(store, version):
 
 
 def test_two_promoters_never_share_a_number(tmp_path):
-    script = "import sys; from ml_ensemble.versioning import ModelStore\nfor k in range(15): ModelStore(sys.argv[1]).promote(sys.argv[2].encode(), {})"
+    script = ("import sys; from ml_ensemble.versioning import ModelStore\n"
+              "for k in range(15): ModelStore(sys.argv[1]).promote(sys.argv[2].encode(), {})")
     running = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path), name]) for name in "ab"]
     assert [process.wait(timeout=120) for process in running] == [0, 0]
     assert [event["sequence"] for event in ModelStore(tmp_path).history()] == list(range(1, 31))
