@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Count', 'Share', 'Positive', 'NonNegative', 'Limit', 'FILES', 'NOT_SETTINGS', 'Section', 'Data', 'Labels',
            'Validation', 'LightGBM', 'XGBoost', 'RandomForest', 'Learners', 'Weights', 'Ensemble', 'Training',
-           'Evaluation', 'Gate', 'Production', 'Settings', 'config_files', 'leaf_paths', 'core_tree', 'expand_override',
-           'nested', 'check_environment', 'explain', 'load_settings']
+           'Evaluation', 'Gate', 'Production', 'Settings', 'config_files', 'leaf_paths', 'core_tree', 'read_yaml',
+           'expand_override', 'nested', 'check_environment', 'explain', 'load_settings']
 
 # %% ../nbs/10_config.ipynb #9382d4ca
 import os
@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict, YamlConfigSettingsSource
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError, YamlConfigSettingsSource
 
 from .core import ConfigError, project_root
 
@@ -35,7 +35,7 @@ class Data(Section):
     """Where candles come from."""
     source: Annotated[str, Field(pattern=r"^(sandbox|file:.+)$")]
     days: Count | None
-    bar: str
+    bar: Annotated[str, Field(pattern=r"^[1-9]\d*(min|h|D)$")]
     calendar: Literal["continuous", "sessions"]
     repairs: list[Literal["sort", "drop_duplicates", "drop_missing", "fill_gaps"]]
     max_fill: Annotated[float, Field(ge=0, le=1)]
@@ -144,8 +144,8 @@ class Production(Section):
 class Settings(BaseSettings):
     """All settings of a run, merged from the layers; made by `load_settings`."""
     model_config = SettingsConfigDict(env_prefix="ML_ENSEMBLE_", env_nested_delimiter="__", extra="forbid", frozen=True,
-                                      validate_default=True)
-    seed: Annotated[int, Field(ge=0)]
+                                      validate_default=True, env_parse_none_str="null", yaml_file_encoding="utf-8")
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
     data: Data
     labels: Labels
     validation: Validation
@@ -191,12 +191,17 @@ def leaf_paths(tree: dict, prefix: str = "") -> list[str]:
 
 def core_tree() -> dict:
     "Keys and values of the core files."
-    tree = {}
-    for path in config_files()[:len(FILES)]:
-        try:
-            tree |= yaml.safe_load(path.read_text()) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path} cannot be read ({error})", "Restore it from git.") from error
+    trees = [read_yaml(path) for path in config_files()]
+    return {key: value for tree in trees[:len(FILES)] for key, value in tree.items()}
+
+def read_yaml(path: Path) -> dict:
+    "A file of settings: a mapping with text keys, in UTF-8."
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML in UTF-8 ({error})", "Restore it from git.") from error
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise ConfigError(f"{path} does not hold sections with names", "Restore it from git.")
     return tree
 
 # %% ../nbs/10_config.ipynb #772c51e9
@@ -259,3 +264,6 @@ def load_settings(overrides: list[str] | tuple[str, ...] = ()) -> Settings:
         return Settings(**nested(flat))
     except ValidationError as error:
         raise explain(error) from error
+    except SettingsError as error:
+        raise ConfigError(str(error), "Write lists and nested values of environment variables as JSON: [\"sort\"]."
+                          ) from error

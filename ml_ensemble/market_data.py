@@ -78,7 +78,7 @@ def _time_column(table: pd.DataFrame) -> pd.Series | pd.Index:
     if not found:
         raise TimestampError(f"there is no column of times among {names}, and the index is a "
                              f"{type(table.index).__name__}",
-                             f"Name the column one of {', '.join(TIME_NAMES)}, or set a DatetimeIndex.")
+                             f"Name the column one of {', '.join(TIME_NAMES)}, or set a DatetimeIndex; a CSV needs commas.")
     if names.count(found[0]) > 1:
         raise TimestampError(f"the column {found[0]!r} stands there {names.count(found[0])} times", "Keep one of them.")
     return table[found[0]]
@@ -217,8 +217,9 @@ def _lacking(time: np.ndarray, max_fill: float) -> np.ndarray:
         return np.zeros(len(time), dtype=np.int64)
     lacking = np.append(np.maximum((np.diff(time) - 1) // interval, 0), 0)
     if (missing := int(lacking.sum())) > max_fill * (len(time) + missing):
-        raise GapError(f"{missing:,} of {len(time) + missing:,} bars are missing, "
-                       f"fill_gaps fills at most {max_fill:.2%}",
+        row = int((lacking > 0).argmax()) + 1
+        raise GapError(f"row {row} ({pd.Timestamp(time[row]):%Y-%m-%d %H:%M:%S}): bars are missing before it; in all "
+                       f"{missing:,} of {len(time) + missing:,} bars, fill_gaps fills at most {max_fill:.2%}",
                        "Fetch them, raise data.max_fill, or set calendar to sessions for a market that closes.")
     return lacking
 
@@ -410,7 +411,7 @@ def _read_file(request: Request) -> tuple[pd.DataFrame, None]:
     if suffix is None:
         raise DataError(f"{path} has an unknown suffix {path.suffix!r}", f"Use one of {', '.join(readers)}.")
     if not path.is_file():
-        raise DataError(f"there is no file {path.absolute()}", "Check the path; it counts from the current folder.")
+        raise DataError(f"there is no file {path.absolute()}", "Check the path.")
     try:
         return readers[suffix](path), None
     except pd.errors.EmptyDataError as error:

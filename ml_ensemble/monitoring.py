@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['send_alert', 'Finding', 'Diagnosis', 'check_configuration', 'check_production', 'check_age', 'check_figures',
-           'check_verdict', 'check_disk', 'diagnose', 'version_table', 'plot_versions', 'plot_recent']
+           'check_facts', 'check_verdict', 'check_disk', 'diagnose', 'version_table', 'plot_versions', 'plot_recent']
 
 # %% ../nbs/20_monitoring.ipynb #c779c255
 import os
@@ -23,8 +23,8 @@ from .ensemble import ProductionEnsemble
 from .feature_manager import check_order_file
 from .versioning import ModelStore, archived, read_metadata
 
-# %% ../nbs/20_monitoring.ipynb #02f0e702
-def send_alert(title: str, body: str) -> bool:
+# %% ../nbs/20_monitoring.ipynb #bbe08507
+def send_alert(title: str, body: str, kind: str = "info") -> bool:
     "Tell whoever `ML_ENSEMBLE_ALERT_URLS` names; True when every one of them took it, False also when nobody is named."
     urls = os.environ.get("ML_ENSEMBLE_ALERT_URLS", "").split()
     if not urls:
@@ -33,7 +33,7 @@ def send_alert(title: str, body: str) -> bool:
     notifier = Apprise()
     accepted = [notifier.add(url) for url in urls]
     try:
-        delivered = all(accepted) and bool(notifier.notify(body=body, title=title))
+        delivered = all(accepted) and bool(notifier.notify(body=body, title=title, notify_type=kind))
     except Exception as error:
         warn(f"the alert could not be sent ({type(error).__name__})", RuntimeWarning, stacklevel=2)
         return False
@@ -91,7 +91,7 @@ def check_production(store: ModelStore) -> tuple[Finding, ProductionEnsemble | N
     info = model.get_model_info()
     damage = [str(warning.message) for warning in caught if "serves instead" in str(warning.message)]
     if damage:
-        remedy = "Run `ml-ensemble rollback --to VERSION` with the version named above."
+        remedy = f"Run `ml-ensemble rollback --reason \"damaged file\" --to {info['version']}`."
         return Finding("production", "fault", damage[0], remedy), model
     seen = f"version {info['version']}, sha256 {info['sha256'][:12]}, canary rows agree"
     return Finding("production", "ok", seen), model
@@ -111,6 +111,14 @@ def check_figures(info: dict, settings: Settings) -> Finding:
     f1, floor = figures["weighted_f1"], settings.gate.min_weighted_f1
     seen = f"weighted F1 {f1:.3f} (floor {floor:g}), skill {figures['skill']:.3f} [{low:.3f}, {high:.3f}] out of sample"
     return Finding("figures", "ok", seen) if f1 >= floor else Finding("figures", "fault", seen, "Retrain or roll back.")
+
+def check_facts(info: dict, settings: Settings, now: datetime) -> list[Finding]:
+    "Age and figures, or the finding that the metadata does not tell them."
+    try:
+        return [check_age(info, settings, now), check_figures(info, settings)]
+    except (KeyError, TypeError, ValueError) as error:
+        return [Finding("figures", "fault", f"the metadata does not tell age or figures ({error})",
+                        "Roll back to a version whose metadata is whole, or retrain.")]
 
 def check_verdict(store: ModelStore) -> Finding:
     "What the last run came to."
@@ -140,8 +148,7 @@ def diagnose(store: ModelStore | None = None) -> Diagnosis:
     production, model = check_production(store)
     findings = [configuration, production]
     if model and settings:
-        info = model.get_model_info()
-        findings += [check_age(info, settings, store.clock()), check_figures(info, settings)]
+        findings += check_facts(model.get_model_info(), settings, store.clock())
     findings.append(check_verdict(store))
     if settings:
         findings.append(check_disk(store, settings))

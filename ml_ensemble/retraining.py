@@ -7,7 +7,7 @@ __all__ = ['PACKAGES', 'NOTEBOOK', 'PAGE', 'get_market', 'from_root', 'get_train
            'run_walk_forward', 'out_of_sample', 'evaluate_blend', 'learner_evaluations', 'learner_table', 'importance',
            'Candidate', 'staging', 'fit_candidate', 'load_champion', 'reach_verdict', 'git_state', 'package_versions',
            'describe_data', 'provenance', 'stage', 'check_parameters', 'execute', 'render', 'Outcome', 'finish',
-           'install_training', 'retrain', 'run_overrides', 'new_run', 'report_failure', 'refusal_alert']
+           'install_training', 'retrain', 'run_notebook', 'run_overrides', 'new_run', 'report_failure', 'refusal_alert']
 
 # %% ../nbs/21_retraining.ipynb #334e0f65
 import json
@@ -304,24 +304,30 @@ def retrain(
 ) -> Outcome:
     "Run the weekly notebook, store the report, promote the candidate if the gate passes; alerts tell of anything else."
     store = store or ModelStore()
-    overrides = (*overrides, *run_overrides(source, days))
-    load_settings(overrides)
+    try:
+        overrides = (*overrides, *run_overrides(source, days))
+        load_settings(overrides)
+        check_order_file(project_root() / "config" / "core" / "feature_order.json")
+        outcome = run_notebook(store, overrides, verbose, show_progress)
+    except (Exception, KeyboardInterrupt) as error:
+        report_failure(store, error)
+        raise
+    if not outcome.promoted:
+        send_alert(*refusal_alert(outcome), "warning")
+    return outcome
+
+def run_notebook(store: ModelStore, overrides: tuple[str, ...], verbose: bool, show_progress: bool) -> Outcome:
+    "Run the weekly notebook with a staging folder of its own, and finish what it staged."
     current = present_or_damaged(store)
     run_id, report = new_run(store)
     parameters = {"overrides": list(overrides), "models": str(store.root), "run_id": run_id}
     notebook = project_root() / "nbs" / NOTEBOOK
-    check_parameters(notebook, parameters)
     try:
+        check_parameters(notebook, parameters)
         execute(notebook, report, parameters, verbose, show_progress)
-        outcome = finish(store, run_id, report, current["sequence"] if current else 0)
-    except Exception as error:
-        report_failure(store, error)
-        raise
+        return finish(store, run_id, report, current["sequence"] if current else 0)
     finally:
         shutil.rmtree(staging(store, run_id), ignore_errors=True)
-    if not outcome.promoted:
-        send_alert(*refusal_alert(outcome))
-    return outcome
 
 # %% ../nbs/21_retraining.ipynb #6f5c67df
 def run_overrides(source: str | None, days: int | None) -> list[str]:
@@ -333,7 +339,10 @@ def run_overrides(source: str | None, days: int | None) -> list[str]:
 
 # %% ../nbs/21_retraining.ipynb #9576ced1
 def new_run(store: ModelStore) -> tuple[str, Path]:
-    "A free name for this run, and the path of its report."
+    "A free name for this run, and the path of its report; what runs that were killed left behind goes."
+    for left in staging(store, "").glob("*"):
+        if store.clock().timestamp() - left.stat().st_mtime > 86_400:
+            shutil.rmtree(left, ignore_errors=True)
     name = f"{store.clock():%Y%m%dT%H%M%SZ}"
     report = lambda run: store.root / "reports" / f"weekly_retrain_{run}.ipynb"
     taken = lambda run: report(run).exists() or staging(store, run).exists()
@@ -341,13 +350,15 @@ def new_run(store: ModelStore) -> tuple[str, Path]:
     staging(store, run_id).mkdir(parents=True)
     return run_id, report(run_id)
 
-def report_failure(store: ModelStore, error: Exception) -> None:
-    "Record and tell a failed run."
+def report_failure(store: ModelStore, error: BaseException) -> None:
+    "Tell a failed or interrupted run, and record it; a wrong setting is told, but it is no run yet."
+    reason = str(error) or "interrupted"
     try:
-        store.record("failure", reason=str(error)[:500])
+        if not isinstance(error, ConfigError):
+            store.record("failure", reason=reason[:500])
     except OSError as second:
         warn(f"the failure could not be recorded ({second})", RuntimeWarning, stacklevel=2)
-    send_alert("ml_ensemble: retrain FAILED", f"{error}\nProduction was not changed.")
+    send_alert("ml_ensemble: retrain FAILED", f"{reason}\nProduction was not changed.", "failure")
 
 def refusal_alert(outcome: Outcome) -> tuple[str, str]:
     "Title and text of the alert for a refused candidate; an F1 below the floor is named first."

@@ -1,8 +1,10 @@
 """The command line as a process: exit codes, JSON, and errors a person can act on."""
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -85,3 +87,38 @@ def test_help_is_quick_to_load_and_names_every_command():
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout
     assert all(command in shown for command in ("retrain", "check", "history", "rollback", "backup", "predict"))
     assert "heavy: []" in shown
+
+
+@pytest.mark.parametrize("words", [["rollback"], ["retrain", "--days", "0"], ["dance"], ["retrain", "--set", "horizn=1"],
+                                   ["predict", "--version", "20200101-0001"]])
+def test_json_answers_are_json_also_for_wrong_calls(cli, words):
+    done = cli(*words, "--json")
+    answer = json.loads(done.stdout)
+    assert done.returncode in (1, 2) and {"error", "problem", "remedy"} == set(answer)
+
+
+def test_what_a_user_writes_is_shown_as_written(cli, tmp_path):
+    """Square brackets are markup to the library that prints; a reason, a path or a setting is not."""
+    from ml_ensemble.versioning import ModelStore
+    store = ModelStore(tmp_path / "models")
+    store.promote(b"a", {})
+    store.promote(b"b", {})
+    store.rollback("see [/tmp/x] and [red]")
+    env = {"ML_ENSEMBLE_MODELS": str(store.root)}
+    assert "see [/tmp/x] and [red]" in cli("history", env=env).stdout
+    assert "'foo[/b]'" in cli("retrain", "--set", "foo[/b]=3", env=env).stderr
+
+
+def test_an_interrupted_retrain_says_so_records_it_and_leaves_production(cli, tmp_path):
+    env = {**os.environ, "ML_ENSEMBLE_MODELS": str(tmp_path / "models")}
+    running = subprocess.Popen([sys.executable, "-m", "ml_ensemble.cli", "retrain"], env=env, stderr=subprocess.PIPE,
+                               text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "models" / "reports").glob("*.ipynb")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    running.send_signal(signal.SIGTERM)
+    _, told = running.communicate(timeout=60)
+    assert running.returncode == 130 and "interrupted" in told
+    events = [json.loads(line) for line in (tmp_path / "models/archive/history.jsonl").read_text().splitlines()]
+    assert [event["kind"] for event in events] == ["failure"] and "interrupted" in events[0]["reason"]
+    assert not list((tmp_path / "models" / ".staging").iterdir()) and not (tmp_path / "models/production").exists()

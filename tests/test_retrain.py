@@ -246,3 +246,32 @@ def test_the_price_level_does_not_matter_to_the_model(twice, sandbox):
     scaled[["open", "high", "low", "close"]] *= 1000
     proba = lambda candles: model.predict_proba(FeatureManager().generate_features(candles))[49:]
     np.testing.assert_allclose(proba(scaled), proba(sandbox), atol=1e-6)
+
+
+@pytest.mark.parametrize("text", ["- a", "hello", "1: 2", "data:\n\tsource: x", "", "labels: 3"])
+def test_a_broken_configuration_is_told_and_somebody_hears_of_it(tmp_path, monkeypatch, inbox, text):
+    import shutil
+    for folder in ("config", "nbs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    (tmp_path / "config/core/base.yaml").write_text(text)
+    monkeypatch.setenv("ML_ENSEMBLE_ROOT", str(tmp_path))
+    with pytest.raises(ConfigError):
+        run(ModelStore(tmp_path / "models"))
+    assert [message["title"] for message in inbox] == ["ml_ensemble: retrain FAILED"]
+
+
+def test_an_environment_variable_can_be_null_or_wrong(monkeypatch):
+    from ml_ensemble.config import load_settings
+    monkeypatch.setenv("ML_ENSEMBLE_DATA__DAYS", "null")
+    assert load_settings(["days=3"]).data.days == 3 and load_settings().data.days is None
+    monkeypatch.setenv("ML_ENSEMBLE_DATA__REPAIRS", "sort")
+    with pytest.raises(ConfigError, match="as JSON"):
+        load_settings()
+
+
+def test_a_version_whose_metadata_says_nothing_is_a_finding_not_a_crash(twice, tmp_path):
+    import shutil
+    copy = ModelStore(shutil.copytree(twice[0].root, tmp_path / "copy"))
+    path = copy.production / "production_model_metadata.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "created_at": "yesterday", "metrics": None}))
+    assert {f.part: f.status for f in diagnose(copy).findings}["figures"] == "fault"

@@ -236,3 +236,42 @@ def test_every_error_says_what_to_do():
     assert len(kinds) > 15
     for kind in kinds:
         assert str(kind("value 3 is above the limit 2", "Use 2.")) == "value 3 is above the limit 2. Use 2."
+
+
+def test_damaged_metadata_after_a_rollback_does_not_bring_back_what_was_rolled_back(store):
+    first = store.promote(b"good", {})["version"]
+    store.promote(b"bad", {})
+    store.rollback("it lost money")
+    for damage in (lambda path: path.write_text("{"), lambda path: path.unlink()):
+        damage(store.production / METADATA_FILE)
+        with pytest.warns(RuntimeWarning, match=f"Version {first} from the archive serves"):
+            assert store.read()[1] == b"good"
+    (store.archive / "history.jsonl").unlink()
+    with pytest.raises(StoreError):           # nobody knows any more what was in production: nothing serves
+        store.read()
+
+
+def test_an_archived_version_is_never_overwritten(store):
+    first = store.promote(b"first", {})["version"]
+    (store.production / METADATA_FILE).write_text("{")
+    (store.archive / "history.jsonl").unlink()
+    assert store.promote(b"second", {})["sequence"] == 2
+    assert store.read(first)[1] == b"first"
+
+
+def test_a_stump_or_a_stranger_in_the_history_is_passed_over(store):
+    store.promote(b"first", {})
+    with open(store.archive / "history.jsonl", "a") as file:
+        file.write('[1]\n{"sequence": 99}\n{"at": "2025-09-0')
+    assert [event["kind"] for event in store.history()] == ["promotion"]
+    assert store.promote(b"second", {})["sequence"] == 2
+    assert [event["sequence"] for event in store.history()] == [1, 2]
+
+
+def test_the_remedy_for_a_damaged_model_works_as_it_is_written(store):
+    version = store.promote(MODEL, {})["version"]
+    (store.production / MODEL_FILE).write_bytes(b"x")
+    with pytest.warns(RuntimeWarning, match=f'rollback --reason "damaged file" --to {version}'):
+        store.read()
+    store.rollback("damaged file", version)
+    assert store.read()[1] == MODEL and (store.production / MODEL_FILE).read_bytes() == MODEL
