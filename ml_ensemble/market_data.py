@@ -454,7 +454,7 @@ class Market:
         rows = {"source": f"`{self.source}`", "bars": f"{len(time):,} of {minutes:g} minutes", "from": _minute(time[0]),
                 "to": _minute(time[-1]), "repairs": repairs, "hash": f"`{self.data_hash[:12]}`"}
         if self.truth is not None:
-            rows["best reachable skill"] = f"{best_skill(self.truth):.3f}"
+            rows["best reachable skill, next bar above 0.3 %"] = f"{best_skill(self.truth):.3f}"
         return "| market | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
 
 # %% ../nbs/11_market_data.ipynb #51ca29af

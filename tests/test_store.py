@@ -201,7 +201,7 @@ HOSTILE = {
     "exec": lambda m: pickle.dumps(Call(exec, f"open({str(m)!r}, 'w')")),
     "open": lambda m: pickle.dumps(Call(open, str(m), "w")),
     "subprocess": lambda m: pickle.dumps(Call(subprocess.call, ["touch", str(m)])),
-    "getattr": lambda m: pickle.dumps(Call(getattr, os, "system") if False else Call(getattr, "x", "upper")),
+    "getattr": lambda m: pickle.dumps(Call(getattr, "x", "upper")),
     "__import__": lambda m: pickle.dumps(Call(builtins.__import__, "os")),
     "nested": lambda m: pickle.dumps({"format": 1, "canary": {"x": [Call(os.system, f"touch {m}")]}}),
     "numpy": lambda m: pickle.dumps({"format": np.float64(1)}),
@@ -219,14 +219,18 @@ HOSTILE = {
 }
 
 
+NO_PICKLE = {"truncated frame", "memo out of range", "not a pickle", "a bare number", "endless"}
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_model_is_refused_and_nothing_of_it_runs(store, tmp_path, name):
     marker = tmp_path / "ran"
     model = HOSTILE[name](marker)
     store.promote(model, {})                      # its hash is right: only the loader stands between it and the process
-    with pytest.raises((UnsafeModelError, IntegrityError)):
+    refusal = IntegrityError if name in NO_PICKLE else UnsafeModelError
+    with pytest.raises(refusal):
         ProductionEnsemble(store=store)
-    with pytest.raises((UnsafeModelError, IntegrityError)):
+    with pytest.raises(refusal):
         read_payload(model)
     assert not marker.exists()
 
