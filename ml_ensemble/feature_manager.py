@@ -21,7 +21,7 @@ from .core import (ColumnTypeError, ConfigError, DataError, DuplicateError, Empt
                               GapError, HighLowError, InfiniteValueError, MissingColumnError, MissingValueError,
                               NegativeValueError, NotATableError, TimestampError, UnsortedError, canonical_json,
                               readable_json, sha256_hex)
-from .indicators import WARMUP, compute, new_state, update
+from .indicators import STATE, WARMUP, WINDOW, compute, new_state, update
 
 # %% ../nbs/02_feature_manager.ipynb #8e245451
 @dataclass(frozen=True)
@@ -301,13 +301,13 @@ class FeatureStream:
 
     def __init__(self, fingerprint: str):
         self.fingerprint = fingerprint
-        self._state, self._values = new_state(), [0.0] * len(SPEC)
+        self._state, self._closes, self._volumes = new_state(), [0.0] * WINDOW, [0.0] * WINDOW
 
     def step(self, open: float, high: float, low: float, close: float, volume: float) -> np.ndarray:
         "Take the newest closed bar; (12,) float64, NaN during warm-up. A bar that breaks a rule changes nothing."
         high, low, close, volume = check_bar(open, high, low, close, volume)
-        update(self._state, high, low, close, volume, self._values)
-        return np.array(self._values)
+        self._state, values = update(self._state, self._closes, self._volumes, high, low, close, volume)
+        return np.array(values)
 
     def warm_up(self, history) -> "FeatureStream":
         "Take every row of a table of candles."
@@ -319,13 +319,14 @@ class FeatureStream:
 
     def to_json(self) -> str:
         "The state as JSON, with the fingerprint of the definition it belongs to."
-        return readable_json({"fingerprint": self.fingerprint, "state": self._state})
+        saved = dict(zip(STATE, self._state)) | {"closes": self._closes, "volumes": self._volumes}
+        return readable_json({"fingerprint": self.fingerprint, **saved})
 
     @classmethod
     def from_json(cls, text: str) -> "FeatureStream":
         "A stream that goes on where `to_json` stopped."
         stream = cls(FeatureManager().fingerprint)
-        stream._state = restore_state(text, stream.fingerprint)
+        stream._state, stream._closes, stream._volumes = restore_state(text, stream.fingerprint)
         return stream
 
 # %% ../nbs/02_feature_manager.ipynb #68fcd8bb
@@ -341,15 +342,17 @@ def check_bar(open, high, low, close, volume) -> tuple[float, float, float, floa
             raise rule.error(f"the bar is refused: {rule.tell(columns, 0)}", rule.remedy)
     raise DataError(f"the bar is refused: {bar}", "Repair the source.")
 
-def restore_state(text: str, fingerprint: str) -> list[float]:
-    "The state that `to_json` wrote, if it belongs to this definition of the features."
+def restore_state(text: str, fingerprint: str) -> tuple[tuple, list[float], list[float]]:
+    "State and rings that `to_json` wrote, if they belong to this definition of the features."
     try:
         saved = json.loads(text)
-        state = [float(value) for value in saved["state"]]
+        state = (int(saved["bars"]), int(saved["flat"]), *(float(saved[name]) for name in STATE[2:]))
+        rings = [[float(value) for value in saved[name]] for name in ("closes", "volumes")]
+        fingerprint_found = saved["fingerprint"]
     except (ValueError, KeyError, TypeError) as error:
-        raise FeatureError(f"the saved stream cannot be read ({error})",
-                           "Warm up a new stream from history.") from error
-    if saved.get("fingerprint") != fingerprint or len(state) != len(new_state()) or not np.isfinite(state).all():
+        raise FeatureError(f"the saved stream cannot be read ({error})", "Warm up a new stream from history.") from error
+    whole = [len(ring) for ring in rings] == [WINDOW, WINDOW] and np.isfinite([*state, *rings[0], *rings[1]]).all()
+    if fingerprint_found != fingerprint or not whole:
         raise FeatureError("the saved stream belongs to another definition of the features",
                            "Warm up a new stream from history.")
-    return state
+    return state, *rings

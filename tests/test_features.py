@@ -140,3 +140,30 @@ def test_production_imports_stay_light():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     heavy = {"pandas", "pydantic", "sklearn", "lightgbm", "xgboost", "numba", "scipy", "matplotlib", "yaml", "typer"}
     assert not heavy & set(json.loads(done.stdout))
+
+
+def exact_windows(close: np.ndarray) -> np.ndarray:
+    """z-scores over 20 bars by definition, in extended precision."""
+    windows = np.lib.stride_tricks.sliding_window_view(close.astype(np.longdouble), 20)
+    mean, deviation = windows.mean(axis=1), windows.std(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(np.ptp(windows, axis=1) > 0, (windows[:, -1] - mean) / deviation, 0).astype(np.float64)
+
+
+@pytest.mark.parametrize("jump", [0.0, 0.2, 5.0])
+@pytest.mark.parametrize("quiet", [1e-2, 1e-4])
+def test_carried_sums_stay_exact_over_a_long_history_with_jumps(jump, quiet):
+    rng = np.random.default_rng(4)
+    moves = rng.normal(0, quiet, 20_000)
+    moves[::997] += jump * rng.choice([-1, 1], len(moves[::997]))
+    close = 5e6 * np.exp(np.cumsum(moves - moves.mean()))
+    got = compute(close, close, close, np.ones(len(close)))[19:, 11]
+    # The stated law: rounding, times the square of (largest move of the last 40 bars / deviation).
+    law = 4 * np.finfo(float).eps * (np.expm1(jump) / quiet) ** 2
+    np.testing.assert_allclose(got, exact_windows(close), rtol=0, atol=1e-9 + law)
+
+
+def test_a_window_that_stands_still_is_0_also_after_a_jump():
+    close = np.concatenate([[1.0, 1e7, 3.3], np.full(60, 0.1), [7e5], np.full(60, 0.3)])
+    zscore = compute(close, close, close, np.ones(len(close)))[:, 11]
+    assert (zscore[22:63] == 0).all() and (zscore[83:] == 0).all()
