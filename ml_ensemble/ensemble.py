@@ -120,6 +120,8 @@ def feature_rows(X, fingerprint: str) -> np.ndarray:
                                f"the model wants {fingerprint[:12]}...",
                                "Make the features with the FeatureManager the model was trained with, or retrain.")
     try:
+        if (kind := np.asarray(X).dtype).kind in "cmM":
+            raise TypeError(f"they are {kind}")
         rows = np.asarray(X, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise FeatureError(f"the features do not hold numbers ({error})",
