@@ -15,7 +15,7 @@ import pandas as pd
 
 from .config import Gate
 from .ensemble import ProductionEnsemble
-from .evaluation import Evaluation, OutOfSample, evaluate, paired_skill_difference
+from .evaluation import Evaluation, OutOfSample, paired_skill_difference
 
 # %% ../nbs/17_quality_gate.ipynb #9d02caae
 RELATIONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le}

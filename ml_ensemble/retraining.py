@@ -22,7 +22,6 @@ from datetime import datetime
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from warnings import warn
-import numpy as np
 import pandas as pd
 from .base_learners import NAMES, make_learners, predict_learner
 from .config import Settings, load_settings

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MODEL_FILE', 'METADATA_FILE', 'VERSION', 'BRING_BACK', 'check_version', 'verify_bytes', 'read_metadata', 'ModelStore',
            'archived', 'read_archived', 'read_bytes', 'read_production', 'read_instead', 'number', 'last_in_production',
-           'stamp', 'next_sequence', 'promote_new', 'install', 'put_back', 'present_or_damaged', 'backup_pair',
-           'roll_back', 'version_before', 'append_history', 'read_history']
+           'stamp', 'next_sequence', 'promote_new', 'install', 'record_change', 'put_back', 'present_or_damaged',
+           'backup_pair', 'roll_back', 'version_before', 'append_history', 'read_history']
 
 # %% ../nbs/03_versioning.ipynb #bc3ed13d
 import json
@@ -228,12 +228,21 @@ def install(store: ModelStore, model: bytes, facts: dict) -> None:
     try:
         write_atomic(store.production / MODEL_FILE, model)
         write_atomic(store.production / METADATA_FILE, readable_json(facts))
-    except OSError:
-        if backup and (present_or_damaged(store) or {}).get("sequence") != facts["sequence"]:
-            put_back(backup / MODEL_FILE, store.production / MODEL_FILE)
-        raise
-    store.record(facts["event"]["kind"], sequence=facts["sequence"], version=facts["version"],
-                 replaced=facts["event"]["replaced"], reason=facts["event"].get("reason"))
+    except OSError as error:
+        if (present_or_damaged(store) or {}).get("sequence") != facts["sequence"]:
+            if backup:
+                put_back(backup / MODEL_FILE, store.production / MODEL_FILE)
+            raise
+        warn(f"version {facts['version']} is in production, but the disk did not confirm it ({error})", RuntimeWarning)
+    record_change(store, facts)
+
+def record_change(store: ModelStore, facts: dict) -> None:
+    "Write a change of production into the history; the change stands even if the line cannot be written."
+    try:
+        store.record(facts["event"]["kind"], sequence=facts["sequence"], version=facts["version"],
+                     replaced=facts["event"]["replaced"], reason=facts["event"].get("reason"))
+    except OSError as error:
+        warn(f"version {facts['version']} is in production, but the history lacks it ({error})", RuntimeWarning)
 
 def put_back(kept: Path, target: Path) -> None:
     "Let `target` be the kept file again without needing any space: a second name for it, moved into place."
@@ -258,9 +267,10 @@ def backup_pair(store: ModelStore) -> Path:
         raise ModelNotFoundError("there is no production model to back up", "Run `ml-ensemble retrain` first.")
     name = f"production_backup_{store.clock():%Y%m%dT%H%M%SZ}"
     folder = store.root / name
-    number = 2
+    copies = 1
     while folder.exists():
-        folder, number = store.root / f"{name}-{number}", number + 1
+        copies += 1
+        folder = store.root / f"{name}-{copies}"
     for file in (MODEL_FILE, METADATA_FILE):
         if (store.production / file).exists():
             write_atomic(folder / file, (store.production / file).read_bytes())

@@ -75,7 +75,7 @@ def test_drawn_series_equal_talib(bars):
 def test_degenerate_windows_have_their_stated_values():
     flat, quiet = np.full(80, 123.456), np.zeros(80)
     row = compute(flat, flat, flat, quiet)[-1]
-    assert dict(zip(FEATURE_NAMES, row)) | {} == {
+    assert dict(zip(FEATURE_NAMES, row)) == {
         "close": 123.456, "volume": 0.0, "returns_1": 0.0, "rsi_14": talib.RSI(flat, 14)[-1],
         "macd": pytest.approx(0, abs=1e-9), "macd_signal": pytest.approx(0, abs=1e-9),
         "atr_14": 0.0, "bb_position": 0.5, "ema_20": pytest.approx(123.456), "ema_50": pytest.approx(123.456),

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
-import pandas as pd
 import pytest
 
 from conftest import QUICK
-from ml_ensemble import FeatureManager, ModelStore, ProductionEnsemble, retrain, retraining
-from ml_ensemble.core import ConfigError, GapError, IntegrityError, RetrainError, project_root, sha256_hex
+from ml_ensemble import FeatureManager, ModelStore, ProductionEnsemble, retrain
+from ml_ensemble.core import ConfigError, IntegrityError, RetrainError, sha256_hex
 from ml_ensemble.monitoring import diagnose
 
 ROOT = Path(__file__).resolve().parent.parent
