@@ -207,7 +207,9 @@ def _bootstrap_means(columns: np.ndarray, block: int, replications: int, seed: i
     "(replications, M) means of (N, M) columns under the stationary bootstrap; the columns stay paired."
     rows = np.arange(len(columns))
     bootstrap = StationaryBootstrap(block, rows, seed=np.random.default_rng(seed))
-    return bootstrap.apply(lambda drawn: np.bincount(drawn, minlength=len(rows)) @ columns / len(rows), replications)
+    # Not a matrix product: each machine's kernel sums in another order, and the same data must give the same bits.
+    times = lambda drawn: np.bincount(drawn, minlength=len(rows))[:, None]
+    return bootstrap.apply(lambda drawn: (times(drawn) * columns).sum(axis=0) / len(rows), replications)
 
 def _percentiles(values: np.ndarray, level: float) -> list[float | None]:
     "Percentile interval [low, high] of bootstrapped values."
