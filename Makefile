@@ -43,7 +43,7 @@ notebooks: .venv/.installed ## Re-execute every notebook in place, then clean
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_clean
 
 bench: .venv/.installed ## Speed and memory
-	@$(BIN)/papermill nbs/benchmarks.ipynb - -p bars 1000000 -p repeats 7 -p rows 3000 --no-progress-bar 2>/dev/null \
+	@$(BIN)/papermill nbs/benchmarks.ipynb - -p bars 1000000 -p repeats 15 -p rows 3000 -p markets_count 1000 --no-progress-bar 2>/dev/null \
 	  | $(BIN)/python -c 'import json, sys; [print("".join(o["text"]), end="") for c in json.load(sys.stdin)["cells"] for o in c.get("outputs", []) if o.get("name") == "stdout"]'
 
 lock: .venv/.installed ## Resolve requirements.lock anew from pyproject.toml (needs uv)

@@ -208,8 +208,8 @@ def rollback(
     as_json: Json = False,
 ):
     "Bring an archived version back into production, after loading it in a fresh process."
-    from ml_ensemble.training import probe_artefact
-    facts = ModelStore().rollback(reason, to, verify=probe_artefact)
+    from ml_ensemble.training import verify_version
+    facts = ModelStore().rollback(reason, to, verify=verify_version)
     replaced = facts["event"]["replaced"]
     answer = {"version": facts["version"], "sequence": facts["sequence"], "replaced": replaced, "reason": reason}
     if as_json:
@@ -235,14 +235,14 @@ def predict(
     as_json: Json = False,
 ):
     "Probabilities and decisions for the newest bars of a source."
-    from ml_ensemble.config import load_settings
+    from ml_ensemble.config import feature_manager, load_settings
     from ml_ensemble.ensemble import ProductionEnsemble
-    from ml_ensemble.feature_manager import FeatureManager
     from ml_ensemble.retraining import get_market, run_overrides
-    model = ProductionEnsemble(version)
     settings = load_settings(["data.min_bars=100", *(set_ or ()), *run_overrides(source, days)])
+    manager = feature_manager(settings)
+    model = ProductionEnsemble(version, features=manager)
     candles = get_market(settings).candles
-    features = FeatureManager(settings.data.calendar).generate_features(candles).iloc[-rows:]
+    features = manager.generate_features(candles).iloc[-rows:]
     proba, decisions = model.predict_proba(features), model.predict(features)
     show_predictions(model, candles.loc[features.index], proba, decisions, as_json)
 

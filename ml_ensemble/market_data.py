@@ -25,7 +25,7 @@ from scipy.special import entr, expit, logit, stdtr, stdtrit
 
 from .core import (ColumnTypeError, ConfigError, DataError, EmptyDataError, GapError, NotATableError,
                               TimestampError, TooShortError)
-from .feature_manager import OHLCV, PRICES, Rule, bar_interval, fault_of, ohlcv_columns, ohlcv_rules
+from .candles import OHLCV, PRICES, Rule, bar_interval, fault_of, ohlcv_columns, ohlcv_rules
 
 # %% ../nbs/11_market_data.ipynb #60509484
 TIME_NAMES = ("date", "timestamp", "time", "datetime", "open_time")

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .config import Settings, load_settings
+from .config import Settings, feature_manager, load_settings
 from .core import MLEnsembleError, project_root
 from .ensemble import ProductionEnsemble
 from .feature_manager import check_order_file
@@ -80,12 +80,12 @@ def check_configuration() -> tuple[Finding, Settings | None]:
     except MLEnsembleError as error:
         return Finding("configuration", "fault", error.problem, error.remedy), None
 
-def check_production(store: ModelStore) -> tuple[Finding, ProductionEnsemble | None]:
+def check_production(store: ModelStore, settings: Settings | None) -> tuple[Finding, ProductionEnsemble | None]:
     "Whether the production version is there, whole, and predicts its canary rows."
     with catch_warnings(record=True) as caught:
         simplefilter("always")
         try:
-            model = ProductionEnsemble(store=store)
+            model = ProductionEnsemble(store=store, features=feature_manager(settings) if settings else None)
         except MLEnsembleError as error:
             return Finding("production", "fault", error.problem, error.remedy), None
     info = model.get_model_info()
@@ -145,7 +145,7 @@ def diagnose(store: ModelStore | None = None) -> Diagnosis:
     "Look at every part of the system."
     configuration, settings = check_configuration()
     store = store or ModelStore()
-    production, model = check_production(store)
+    production, model = check_production(store, settings)
     findings = [configuration, production]
     if model and settings:
         findings += check_facts(model.get_model_info(), settings, store.clock())

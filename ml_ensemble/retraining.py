@@ -24,12 +24,13 @@ from pathlib import Path
 from warnings import warn
 import pandas as pd
 from .base_learners import NAMES, make_learners, predict_learner
-from .config import Settings, load_settings
+from .config import Settings, feature_manager, load_settings
 from .core import (ConfigError, MLEnsembleError, ModelNotFoundError, RetrainError, iso, project_root,
                               readable_json, sha256_hex, write_atomic)
 from .ensemble import ProductionEnsemble
 from .evaluation import Evaluation, OutOfSample, evaluate, permutation_importance
-from .feature_manager import VIEW_NAMES, FeatureManager, bar_interval, check_order_file
+from .candles import bar_interval
+from .feature_manager import FeatureManager, check_order_file, view_names
 from .labels import make_labels
 from .market_data import Market, load_candles
 from .monitoring import send_alert
@@ -37,7 +38,7 @@ from .quality_gate import Verdict, compare_with_champion, judge
 
 # %% ../nbs/21_retraining.ipynb #f519f291
 from .training import (TrainingSet, WalkForward, blend, fit_all, make_ensemble, make_training_set,
-                                  parity_error, probe_artefact, walk_forward)
+                                  parity_error, probe_artefact, verify_version, walk_forward)
 from .validation import PurgedWalkForward
 from .versioning import MODEL_FILE, ModelStore, present_or_damaged
 
@@ -57,9 +58,8 @@ def from_root(source: str) -> str:
 def get_training_set(settings: Settings, market: Market) -> TrainingSet:
     "Features and labels on their common bars."
     check_order_file(project_root() / "config" / "core" / "feature_order.json")
-    features = FeatureManager(settings.data.calendar).generate_features(market.candles)
     labels = make_labels(market.candles, **settings.labels.model_dump())
-    return make_training_set(features, labels, settings.labels.classes)
+    return make_training_set(feature_manager(settings), market.candles, labels, settings.labels.classes)
 
 def label_balance(data: TrainingSet) -> pd.DataFrame:
     "How often each label occurs."
@@ -112,7 +112,7 @@ def importance(settings: Settings, data: TrainingSet, walk: WalkForward) -> pd.D
     predict = lambda X: blend({name: predict_learner(learner, X) for name, learner in walk.newest.items()}, weights)
     rows = data.features.index.get_indexer(walk.time[newest])
     return permutation_importance(predict, data.view[rows], walk.y[newest], walk.prior[newest], walk.classes,
-                                  VIEW_NAMES, seed=settings.seed)
+                                  view_names(data.manager), seed=settings.seed)
 
 # %% ../nbs/21_retraining.ipynb #af47a1ef
 @dataclass(frozen=True)
@@ -134,16 +134,16 @@ def fit_candidate(settings: Settings, data: TrainingSet, store: ModelStore, run_
     ensemble = make_ensemble(data, learners, weights, settings.ensemble.decision_threshold)
     path = write_atomic(staging(store, run_id) / MODEL_FILE, ensemble.to_bytes())
     progress("measuring the artefact in a fresh process")
-    measured = probe_artefact(path)
+    measured = probe_artefact(path, settings.features.custom)
     artefact = {"parity_error": parity_error(ensemble, data, learners, weights), "size_mb": path.stat().st_size / 1e6,
                 **{key: measured[key] for key in ("load_seconds", "memory_mb", "latency_ms")}}
     return Candidate(ensemble, learners, artefact)
 
-# %% ../nbs/21_retraining.ipynb #3ddb2a06
-def load_champion(store: ModelStore) -> ProductionEnsemble | None:
+# %% ../nbs/21_retraining.ipynb #ab15ebb8
+def load_champion(store: ModelStore, manager: FeatureManager) -> ProductionEnsemble | None:
     "The version in production, or None when there is none that can be loaded."
     try:
-        return ProductionEnsemble(store=store)
+        return ProductionEnsemble(store=store, features=manager)
     except ModelNotFoundError:
         return None
     except MLEnsembleError as error:
@@ -154,7 +154,7 @@ def reach_verdict(settings: Settings, data: TrainingSet, walk: WalkForward, eval
                   candidate: Candidate, store: ModelStore) -> Verdict:
     "Hold the candidate against every criterion of the gate."
     comparison = compare_with_champion(
-        out_of_sample(walk, settings.ensemble.weights.model_dump()), data.features, load_champion(store),
+        out_of_sample(walk, settings.ensemble.weights.model_dump()), data.features, load_champion(store, data.manager),
         settings.labels.model_dump(), settings.data.source, settings.gate, settings.seed,
         settings.evaluation.replications)
     return judge(evaluation, len(data), settings.gate, comparison, candidate.artefact)
@@ -279,7 +279,7 @@ def finish(store: ModelStore, run_id: str, report: Path, expected: int) -> Outco
     install_training(store, folder, reference)
     if verdict.passed:
         model = (folder / MODEL_FILE).read_bytes()
-        version = store.promote(model, candidate, expected=expected, verify=probe_artefact)["version"]
+        version = store.promote(model, candidate, expected=expected, verify=verify_version)["version"]
     else:
         store.record("refusal", reason=str(verdict), report=reference["report"]["path"])
     current = present_or_damaged(store)

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['READERS', 'PROBE', 'TrainingSet', 'make_training_set', 'WalkForward', 'settled_before', 'walk_forward', 'join_parts',
            'blend', 'Tree', 'floor_float32', 'lightgbm_trees', 'xgboost_trees', 'forest_trees', 'walk', 'xgboost_base',
-           'tree_node', 'learner_nodes', 'to_onnx', 'fit_all', 'make_ensemble', 'parity_error', 'probe_artefact']
+           'tree_node', 'learner_nodes', 'to_onnx', 'fit_all', 'make_ensemble', 'parity_error', 'probe_artefact',
+           'verify_version']
 
 # %% ../nbs/15_training.ipynb #1366e285
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,16 +23,17 @@ from onnx import TensorProto, helper
 
 from .base_learners import encode, fit_learner, predict_learner
 from .core import IntegrityError
-from .ensemble import FORMAT, ProductionEnsemble, restore_ensemble
-from .feature_manager import FEATURE_NAMES, VIEW_NAMES, FeatureManager, scale_free
+from .ensemble import FORMAT, ProductionEnsemble, metadata_beside, restore_ensemble
+from .feature_manager import FeatureManager, scale_free, view_names
 from .validation import nanoseconds
 
 # %% ../nbs/15_training.ipynb #4888b0f4
 @dataclass(frozen=True)
 class TrainingSet:
     """Aligned rows, oldest first."""
-    features: pd.DataFrame       # (N, 12) the complete features
-    view: np.ndarray             # (N, 12) float32, what the learners see
+    manager: FeatureManager      # what made the features
+    features: pd.DataFrame       # (N, 12 + K) the complete features
+    view: np.ndarray             # (N, 12 + K) float32, what the learners see
     y: np.ndarray                # (N,) int64 labels
     end_time: pd.DatetimeIndex   # (N,) when each label is settled
     classes: tuple[int, ...]
@@ -39,11 +41,13 @@ class TrainingSet:
     def __len__(self) -> int:
         return len(self.y)
 
-def make_training_set(features: pd.DataFrame, labels: pd.DataFrame, classes: int) -> TrainingSet:
+def make_training_set(manager: FeatureManager, candles: pd.DataFrame, labels: pd.DataFrame,
+                      classes: int) -> TrainingSet:
     "Rows with complete features and a settled label."
+    features = manager.generate_features(candles)
     rows = features.dropna().index.intersection(labels.index)
     kept = features.loc[rows]
-    return TrainingSet(kept, scale_free(kept.to_numpy()).astype(np.float32), labels.loc[rows, "label"].to_numpy(),
+    return TrainingSet(manager, kept, scale_free(kept).astype(np.float32), labels.loc[rows, "label"].to_numpy(),
                        pd.DatetimeIndex(labels.loc[rows, "end_time"]), (0, 1) if classes == 2 else (-1, 0, 1))
 
 # %% ../nbs/15_training.ipynb #0654b5fe
@@ -218,10 +222,10 @@ def learner_nodes(name: str, learner, outputs: int, features: int) -> list:
     return [tree_node(name, trees, base, strict=name == "xgboost"),
             helper.make_node(link, [f"{name}_raw"], [f"{name}_p"], **({"axis": 1} if link == "Softmax" else {}))]
 
-# %% ../nbs/15_training.ipynb #2639a124
-def to_onnx(learners: dict, weights: dict[str, float], classes: int) -> bytes:
-    "The blend of fitted learners as one graph: `view` (N, F) float32 -> `probabilities` (N, K) float32."
-    features, outputs = len(VIEW_NAMES), 1 if classes == 2 else classes
+# %% ../nbs/15_training.ipynb #5977f286
+def to_onnx(learners: dict, weights: dict[str, float], classes: int, features: int) -> bytes:
+    "The blend of fitted learners as one graph: `view` (N, features) float32 -> `probabilities` (N, classes) float32."
+    outputs = 1 if classes == 2 else classes
     nodes, constants = [], []
     for name, learner in learners.items():
         nodes += learner_nodes(name, learner, outputs, features)
@@ -255,10 +259,12 @@ def make_ensemble(data: TrainingSet, learners: dict, weights: dict, decision_thr
     rows = np.linspace(0, len(data) - 1, 16).astype(int)
     expected = blend({name: predict_learner(learner, data.view[rows]) for name, learner in learners.items()}, weights)
     return restore_ensemble({
-        "format": FORMAT, "model": to_onnx(learners, weights, len(data.classes)), "features": list(FEATURE_NAMES),
-        "fingerprint": FeatureManager().fingerprint, "view": list(VIEW_NAMES), "classes": list(data.classes),
+        "format": FORMAT, "model": to_onnx(learners, weights, len(data.classes), data.view.shape[1]),
+        "features": data.manager.get_feature_names(), "fingerprint": data.manager.fingerprint,
+        "view": view_names(data.manager), "classes": list(data.classes),
         "weights": dict(weights), "decision_threshold": float(decision_threshold),
-        "canary": {"features": data.features.to_numpy()[rows].tolist(), "probabilities": expected.tolist()}})
+        "canary": {"features": data.features.to_numpy()[rows].tolist(), "probabilities": expected.tolist()}},
+        features=data.manager)
 
 def parity_error(ensemble: ProductionEnsemble, data: TrainingSet, learners: dict, weights: dict) -> float:
     "Largest difference in probability between the artefact and the trained learners, over all training rows."
@@ -269,9 +275,12 @@ def parity_error(ensemble: ProductionEnsemble, data: TrainingSet, learners: dict
 PROBE = """
 import json, re, resource, sys, time
 start = time.perf_counter()
+from ml_ensemble.custom_features import load_custom
 from ml_ensemble.ensemble import ProductionEnsemble
+from ml_ensemble.feature_manager import FeatureManager
 import numpy as np
-model = ProductionEnsemble.load(sys.argv[1])
+manager = FeatureManager(custom=[load_custom(reference) for reference in sys.argv[2:]])
+model = ProductionEnsemble.load(sys.argv[1], features=manager)
 row = np.full(len(model.get_feature_names()), 50.0)
 model.predict_proba(row)
 loaded = time.perf_counter() - start
@@ -287,12 +296,18 @@ print(json.dumps({"load_seconds": loaded, "latency_ms": 1e3 * sorted(times)[150]
                   "memory_mb": peak, "heavy_imports": heavy}))
 """
 
-# %% ../nbs/15_training.ipynb #6ba7ac07
-def probe_artefact(path: str | Path) -> dict:
+# %% ../nbs/15_training.ipynb #bc62708a
+def probe_artefact(path: str | Path, custom: Sequence[str] = ()) -> dict:
     "Load and predict in a fresh process: load_seconds, latency_ms (median of 300 single rows), memory_mb (peak)."
-    done = subprocess.run([sys.executable, "-c", PROBE, str(path)], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", PROBE, str(path), *custom]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1]
         raise IntegrityError(f"a fresh process could not load {Path(path).name}: {last}",
                              "Read the report of the retrain; production was not changed.")
     return json.loads(done.stdout)
+
+def verify_version(path: str | Path) -> dict:
+    "Probe an archived version, with the custom features that its metadata name."
+    configuration = (metadata_beside(Path(path)) or {}).get("configuration", {})
+    return probe_artefact(path, configuration.get("features", {}).get("custom", ()))

@@ -1,5 +1,6 @@
 """The 12 features against TA-Lib, and what makes them safe: causal, the same in batch and stream, light to import."""
 import json
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,10 @@ import talib
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ml_ensemble.core import GapError, UnsortedError
+from ml_ensemble import core, feature_manager, indicators
+from ml_ensemble.candles import VALUE_RULES, all_sound, fault_of, ohlcv_rules
+from ml_ensemble.core import FeatureError
+from ml_ensemble.custom_features import CustomFeature, custom_feature
 from ml_ensemble.feature_manager import FEATURE_NAMES, FeatureManager, FeatureStream, scale_free
 from ml_ensemble.indicators import WARMUP, compute
 
@@ -51,25 +55,46 @@ def series(draw):
     moves = rng.normal(0, draw(st.sampled_from([0.001, 0.01, 0.2])), n)
     moves *= rng.random(n) > draw(st.sampled_from([0.0, 0.5]))
     close = draw(st.sampled_from([0.05, 100.0, 5e6])) * np.exp(np.cumsum(moves))
-    high, low = close * (1 + rng.exponential(0.003, n)), close * (1 - rng.random(n) * 0.01)
+    spread = draw(st.sampled_from([0.0, 1.0]))     # 0: every bar has one price
+    high, low = close * (1 + spread * rng.exponential(0.003, n)), close * (1 - spread * rng.random(n) * 0.01)
     volume = rng.lognormal(2, 1, n) * (rng.random(n) > draw(st.sampled_from([0.0, 0.3])))
     return high, low, close, volume
 
 
-@settings(max_examples=200)
+@settings(max_examples=1000, deadline=None)
 @given(series())
 def test_drawn_series_equal_talib(bars):
     high, low, close, volume = bars
     made, wanted = compute(*bars), oracle(*bars)
-    steady = talib.STDDEV(close, 20) > 1e-4 * close      # below, TA-Lib's own running sums have lost the digits
+    np.testing.assert_array_equal(made[:, :3], wanted[:, :3])
     for column in (3, 6, 8, 9):
         np.testing.assert_allclose(made[:, column], wanted[:, column], rtol=1e-9)
+    # A difference of two averages has no more correct digits than the averages themselves.
     np.testing.assert_allclose(made[:, 4:6], wanted[:, 4:6], rtol=1e-9, atol=1e-12 * close.max())
+    # TA-Lib sums squares of prices: its digits are gone where the deviation is small against the price.
+    deviation = exact_deviation(close)
+    steady = deviation[19:] ** 2 > 1e-5 * close.max() ** 2
     for column in (7, 11):
-        np.testing.assert_allclose(made[steady, column], wanted[steady, column], rtol=1e-9, atol=1e-7)
-    traded = talib.SMA(volume, 20) > 1e-6
-    np.testing.assert_allclose(made[traded, 10], wanted[traded, 10], rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(made[19:, column][steady], wanted[19:, column][steady], rtol=1e-9, atol=1e-9)
+    # TA-Lib's running sum of volumes keeps the rounding of the largest it has seen.
+    traded = talib.SMA(volume, 20)[19:] > 1e-3 * volume.max()
+    np.testing.assert_allclose(made[19:, 10][traded], wanted[19:, 10][traded], rtol=1e-9)
     assert np.isfinite(made[WARMUP:]).all()
+
+
+@settings(max_examples=300, deadline=None)
+@given(series())
+def test_drawn_series_equal_the_definition_also_where_talib_has_lost_its_digits(bars):
+    high, low, close, volume = bars
+    made, exact = compute(*bars)[19:], exact_windows(close)
+    flat = exact_deviation(close)[19:] == 0
+    assert (made[flat, 7] == 0.5).all() and (made[flat, 11] == 0).all()
+    law = 1e-14 * (np.ptp(close) / np.where(flat, np.inf, exact_deviation(close)[19:])) ** 2
+    assert (np.abs(made[:, 11] - exact) <= 1e-9 + law).all()
+    np.testing.assert_allclose(made[:, 7], 0.5 + made[:, 11] / 4, rtol=1e-12, atol=1e-12)
+    windows = np.lib.stride_tricks.sliding_window_view(volume.astype(np.longdouble), 20)
+    share = np.divide(windows[:, -1], windows.mean(axis=1), out=np.zeros(len(windows)), where=windows.any(axis=1))
+    np.testing.assert_allclose(made[:, 10], share.astype(float), rtol=1e-9)
 
 
 def test_degenerate_windows_have_their_stated_values():
@@ -119,12 +144,193 @@ def test_the_scale_free_view_does_not_know_the_price_level(sandbox, prices, volu
     np.testing.assert_allclose(view(scaled), view(sandbox), rtol=1e-9, atol=1e-9)
 
 
-def test_bad_candles_are_refused_with_the_offending_row(sandbox, nasdaq):
-    with pytest.raises(UnsortedError, match=r"row 3 .*older than the row before.*repair sort"):
-        FeatureManager().generate_features(sandbox.iloc[[0, 1, 3, 2, 4]])
-    with pytest.raises(GapError, match=r"row 3 \(1999-01-08"):
+def spoil(candles: pd.DataFrame, row: int, column: str, value) -> pd.DataFrame:
+    spoiled = candles.copy()
+    spoiled.iloc[row, spoiled.columns.get_loc(column)] = value
+    return spoiled
+
+
+FAULTS = {
+    "NaN": (lambda c: spoil(c, 7, "close", np.nan), core.MissingValueError, "row 7 (1999-01-04 11:00:00): close is nan"),
+    "infinite": (lambda c: spoil(c, 7, "volume", np.inf), core.InfiniteValueError, "row 7"),
+    "infinite price": (lambda c: spoil(c, 7, "high", np.inf), core.InfiniteValueError, "row 7"),
+    "price 0": (lambda c: spoil(c, 7, "low", 0.0), core.NegativeValueError, "row 7"),
+    "negative volume": (lambda c: spoil(c, 7, "volume", -1.0), core.NegativeValueError, "row 7"),
+    "high below low": (lambda c: spoil(c, 7, "high", 1e-3), core.HighLowError, "row 7"),
+    "low above close": (lambda c: spoil(c, 7, "low", 1e9), core.HighLowError, "row 7"),
+    "unsorted": (lambda c: c.iloc[[0, 1, 3, 2, *range(4, len(c))]], core.UnsortedError, "row 3"),
+    "duplicate": (lambda c: c.iloc[[0, 1, 1, *range(2, len(c))]], core.DuplicateError, "row 2"),
+    "gap": (lambda c: c.drop(c.index[7]), core.GapError, "row 7"),
+    "no time": (lambda c: c.set_axis(c.index.where(c.index != c.index[7])), core.TimestampError, "row 7 (NaT)"),
+    "rows by number": (lambda c: c.reset_index(drop=True), core.TimestampError, "RangeIndex"),
+    "durations": (lambda c: c.set_axis(c.index - c.index[0]), core.TimestampError, "TimedeltaIndex"),
+    "column missing": (lambda c: c.drop(columns="open"), core.MissingColumnError, "'open' stands there 0 times"),
+    "column twice": (lambda c: pd.concat([c, c["low"]], axis=1), core.MissingColumnError, "'low' stands there 2 times"),
+    "text": (lambda c: c.astype({"close": object}).assign(close="dear"), core.ColumnTypeError, "column close"),
+    "empty": (lambda c: c.iloc[:0], core.EmptyDataError, "no rows"),
+    "no table": (lambda c: c.to_numpy(), core.NotATableError, "ndarray"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("way", ["short", "compiled", "one of many"])
+def test_bad_candles_are_refused_by_name_with_the_offending_row(sandbox, fault, way, monkeypatch):
+    spoil_it, error, told = FAULTS[fault]
+    candles = sandbox.iloc[:300].set_axis(pd.date_range("1999-01-03 07:00", periods=300, freq="4h", tz="UTC"))
+    if way == "compiled":
+        monkeypatch.setattr(indicators, "COMPILE_FROM", 1)
+    bad = {"A": candles, "B": spoil_it(candles)} if way == "one of many" else spoil_it(candles)
+    with pytest.raises(error) as caught:
+        FeatureManager().generate_features(bad)
+    assert told in caught.value.problem and caught.value.remedy
+    assert caught.value.problem.startswith("market 'B': ") == (way == "one of many")
+
+
+@pytest.mark.parametrize("fault", ["NaN", "price 0", "high below low", "unsorted", "duplicate", "gap"])
+@pytest.mark.parametrize("by", [None, "market"])
+def test_a_long_table_names_the_market_and_the_row_in_it(sandbox, fault, by):
+    spoil_it, error, told = FAULTS[fault]
+    candles = sandbox.iloc[:300].set_axis(pd.date_range("1999-01-03 07:00", periods=300, freq="4h", tz="UTC"))
+    long = pd.concat({"A": candles, "B": spoil_it(candles)}, names=["market", "time"])
+    with pytest.raises(error, match=re.escape(f"market 'B': {told}")):
+        FeatureManager().generate_features(long.reset_index("market") if by else long, by=by)
+
+
+def test_a_market_that_closes_may_skip_bars(nasdaq):
+    with pytest.raises(core.GapError, match=r"row 3 \(1999-01-08"):
         FeatureManager().generate_features(nasdaq.drop(nasdaq.index[3]).iloc[:5])
     assert len(FeatureManager("sessions").generate_features(nasdaq.iloc[:60])) == 60
+
+
+VALUES = st.sampled_from([1.0, 2.0, 3.0, 2.0, 2.0, 0.0, -1.0, np.nan, np.inf, -np.inf])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(*[VALUES] * 5), min_size=1, max_size=4), st.lists(st.sampled_from([0, 5, 5, 5, 7, -5])),
+       st.sampled_from(["continuous", "sessions"]))
+def test_the_quick_check_the_rules_and_the_stream_agree(bars, steps, calendar):
+    bars = [*bars, *[(2.0, 3.0, 1.0, 2.0, 1.0)] * 4]
+    time = np.cumsum([10**18, *(steps + [5] * 8)[:len(bars) - 1]])
+    columns = dict(zip(OHLCV, np.array(bars).T)) | {"time": time}
+    compiled = indicators.compiled()           # from here on it is used for short histories too
+    named = [rule.name for rule in ohlcv_rules(calendar) if fault_of(rule, columns) is not None]
+    if all_sound(columns, calendar):
+        assert not named
+    elif not named:                             # the quick check knows only evenly spaced bars
+        assert calendar == "continuous" and len(set(np.diff(time))) > 1
+    stream = FeatureManager().stream()
+    for row, bar in enumerate(bars):
+        broken = [rule for rule in VALUE_RULES if rule.find({name: np.array([x]) for name, x in zip(OHLCV, bar)})[0]]
+        if broken:
+            with pytest.raises(broken[0].error):
+                stream.step(*bar)
+        else:
+            stream.step(*bar)
+    assert compiled is indicators.compiled()
+
+
+def many(sandbox) -> dict:
+    return {f"M{k}": sandbox.iloc[50 * k:50 * k + 120 + 17 * k] * (1 + k) for k in range(9)}
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+@pytest.mark.parametrize("loops", ["plain", "compiled"])
+def test_many_markets_equal_each_alone(sandbox, threads, loops, monkeypatch):
+    if loops == "plain":
+        monkeypatch.setattr(indicators, "numba_installed", lambda: False)
+        monkeypatch.setattr(feature_manager, "numba_installed", lambda: False)
+    else:
+        indicators.compiled()
+    manager, tables = FeatureManager(), many(sandbox)
+    alone = {name: manager.generate_features(candles) for name, candles in tables.items()}
+    for name, features in manager.generate_features(tables, threads=threads).items():
+        pd.testing.assert_frame_equal(features, alone[name], check_exact=True)
+    long, wanted = pd.concat(tables, names=["market", "time"]), pd.concat(alone, names=["market", "time"])
+    pd.testing.assert_frame_equal(manager.generate_features(long, threads=threads), wanted, check_exact=True)
+    order = np.random.default_rng(1).permutation(len(long))          # rows of all markets in any order of markets
+    order = order[np.argsort(long.index.get_level_values("time")[order], kind="stable")]
+    for mixed in (long.iloc[order], long.iloc[order].swaplevel()):
+        made = manager.generate_features(mixed, threads=threads)
+        pd.testing.assert_index_equal(made.index, mixed.index)
+        np.testing.assert_array_equal(made, wanted.iloc[order])
+    column = long.iloc[order].reset_index("market")
+    np.testing.assert_array_equal(manager.generate_features(column, by="market", threads=threads), wanted.iloc[order])
+
+
+def test_many_markets_that_cannot_be_told_apart_are_refused(sandbox):
+    make = FeatureManager().generate_features
+    assert make({}) == {}
+    long = pd.concat(many(sandbox), names=["market", "time"])
+    with pytest.raises(core.MissingColumnError, match="no column 'symbol'"):
+        make(long.reset_index("market"), by="symbol")
+    with pytest.raises(core.MissingValueError, match="row 3 does not say"):
+        make(spoil(long.reset_index("market"), 3, "market", None), by="market")
+    with pytest.raises(core.TimestampError, match="0 of them times"):
+        make(long.set_axis(pd.MultiIndex.from_product([["A"], range(len(long))])))
+    with pytest.raises(core.ConfigError, match="threads is 0"):
+        make(many(sandbox), threads=0)
+
+
+def test_without_numba_the_batch_gives_the_same_bits_in_pieces(sandbox, monkeypatch):
+    whole = FeatureManager().generate_features(sandbox)
+    monkeypatch.setattr(indicators, "COMPILE_FROM", 1)
+    compiled = FeatureManager().generate_features(sandbox)
+    monkeypatch.setattr(indicators, "numba_installed", lambda: False)
+    monkeypatch.setattr(indicators, "PIECE", 77)
+    pieces = FeatureManager().generate_features(sandbox)
+    assert whole.to_numpy().tobytes() == compiled.to_numpy().tobytes() == pieces.to_numpy().tobytes()
+
+
+@custom_feature(window=[11, 0])
+def slope(bars):
+    "mean move over 12 bars, in units of the range"
+    return np.diff(bars.close).mean() / max(np.ptp(bars.close), 1e-9)
+
+
+@custom_feature(window=[69, 0])
+def spread(bars):
+    "deviation of 70 closes over their mean"
+    return bars.close.std() / bars.close.mean()
+
+
+def test_custom_features_are_causal_and_the_same_in_batch_and_stream(sandbox):
+    manager, candles = FeatureManager(custom=[slope, spread]), sandbox.iloc[:160]
+    whole = manager.generate_features(candles).to_numpy()
+    assert np.isnan(whole[:69, 13]).all() and np.isfinite(whole[69:]).all() and manager.warmup == 69
+    np.testing.assert_array_equal(whole[:, :12], FeatureManager().generate_features(candles))
+    poisoned = candles.copy()
+    poisoned.iloc[100:] *= 1e6
+    assert manager.generate_features(poisoned).to_numpy()[:100].tobytes() == whole[:100].tobytes()
+    for stop in (0, 5, 69, 120):
+        stream = manager.stream()
+        for t, bar in enumerate(candles.itertuples(index=False)):
+            if t == stop:
+                stream = FeatureStream.from_json(stream.to_json(), manager)
+            assert stream.step(*bar).tobytes() == whole[t].tobytes()
+    long = manager.generate_features(pd.concat({"A": candles, "B": candles}))
+    np.testing.assert_array_equal(long.loc["B"], whole)
+
+
+def test_a_custom_feature_that_fails_changes_nothing(sandbox):
+    @custom_feature(window=[0, 0])
+    def picky(bars):
+        return [1.0][int(bars.close[-1] == 7.0)]
+    stream, other = (FeatureManager(custom=[picky]).stream().warm_up(sandbox.iloc[:60]) for _ in range(2))
+    with pytest.raises(FeatureError, match="picky failed: IndexError"):
+        stream.step(7.0, 7.0, 7.0, 7.0, 1.0)
+    bar = sandbox.iloc[60]
+    assert stream.step(*bar).tobytes() == other.step(*bar).tobytes()
+
+
+def test_the_fingerprint_knows_every_part_of_a_custom_feature():
+    base = FeatureManager().fingerprint
+    assert FeatureManager(custom=[]).fingerprint == base
+    kinds = [[slope], [spread], [slope, spread], [spread, slope],
+             [CustomFeature("slope", [12, 0], slope.function, slope.formula)],
+             [CustomFeature("slope", [11, 0], spread.function, slope.formula)],
+             [CustomFeature("slope_2", [11, 0], slope.function, slope.formula)]]
+    prints = [FeatureManager(custom=kind).fingerprint for kind in kinds]
+    assert len({base, *prints}) == len(kinds) + 1
 
 
 def test_the_index_is_kept_and_the_input_untouched(sandbox):
@@ -140,6 +346,13 @@ def test_production_imports_stay_light():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     heavy = {"pandas", "pydantic", "sklearn", "lightgbm", "xgboost", "numba", "scipy", "matplotlib", "yaml", "typer"}
     assert not heavy & set(json.loads(done.stdout))
+
+
+def exact_deviation(close: np.ndarray) -> np.ndarray:
+    """Population standard deviations over 20 bars, in extended precision; 0 in front."""
+    windows = np.lib.stride_tricks.sliding_window_view(close.astype(np.longdouble), 20)
+    exact = np.where(np.ptp(windows, axis=1) > 0, windows.std(axis=1), 0).astype(np.float64)
+    return np.concatenate([np.zeros(19), exact])
 
 
 def exact_windows(close: np.ndarray) -> np.ndarray:
@@ -158,8 +371,8 @@ def test_carried_sums_stay_exact_over_a_long_history_with_jumps(jump, quiet):
     moves[::997] += jump * rng.choice([-1, 1], len(moves[::997]))
     close = 5e6 * np.exp(np.cumsum(moves - moves.mean()))
     got = compute(close, close, close, np.ones(len(close)))[19:, 11]
-    # The stated law: rounding, times the square of (largest move of the last 40 bars / deviation).
-    law = 4 * np.finfo(float).eps * (np.expm1(jump) / quiet) ** 2
+    # The stated law: rounding, times the square of (largest move of the last 120 bars / deviation).
+    law = 16 * np.finfo(float).eps * (np.expm1(jump) / quiet) ** 2
     np.testing.assert_allclose(got, exact_windows(close), rtol=0, atol=1e-9 + law)
 
 

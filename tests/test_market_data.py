@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ml_ensemble import core
-from ml_ensemble.feature_manager import OHLCV, FeatureManager, check_ohlcv, ohlcv_columns
+from ml_ensemble.candles import OHLCV, check_ohlcv, ohlcv_columns
+from ml_ensemble.feature_manager import FeatureManager
 from ml_ensemble.market_data import (REPAIRS, Market, best_skill, load_candles, ohlcv_schema, quality_table, read_times,
                                      repair, simulate_market, tidy, true_probability, validate)
 

@@ -15,7 +15,9 @@ import pytest
 
 from conftest import QUICK
 from ml_ensemble import FeatureManager, ModelStore, ProductionEnsemble, retrain
-from ml_ensemble.core import ConfigError, IntegrityError, RetrainError, sha256_hex
+from ml_ensemble.core import ConfigError, FeatureError, IntegrityError, RetrainError, sha256_hex
+from ml_ensemble.custom_features import load_custom
+from ml_ensemble.market_data import simulate_market
 from ml_ensemble.monitoring import diagnose
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,6 +71,26 @@ def test_the_store_has_the_layout_it_promises(twice):
     backups = {name for name in here if re.fullmatch(backup, name)}
     assert len(backups) == 2                                   # one backup, of the first version, before the second
     assert here - {".lock"} == expected | backups
+
+
+def test_a_custom_feature_goes_all_the_way_into_production(store, tmp_path, monkeypatch):
+    (tmp_path / "my_features.py").write_text(
+        "from ml_ensemble.custom_features import custom_feature\n\n"
+        "@custom_feature(window=[11, 0], unit=\"ratio\")\n"
+        "def range_12(bars):\n    \"high over low of 12 bars\"\n    return bars.high.max() / bars.low.min() - 1\n")
+    monkeypatch.syspath_prepend(tmp_path)                       # here, and for the processes that are started
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    outcome = run(store, "features.custom=[my_features:range_12]")
+    assert outcome.promoted and outcome.metadata["features"][12:] == ["range_12"]
+    with pytest.raises(FeatureError, match=r"custom features range_12.*FeatureManager\(custom"):
+        ProductionEnsemble(store=store)
+    manager = FeatureManager(custom=[load_custom("my_features:range_12")])
+    model = ProductionEnsemble(store=store, features=manager)
+    candles, _ = simulate_market(200, seed=5)
+    features = manager.generate_features(candles)
+    assert np.isfinite(model.predict_proba(features)[49:]).all()
+    with pytest.raises(FeatureError, match="missing: range_12"):
+        model.predict_proba(FeatureManager().generate_features(candles))
 
 
 def test_the_same_data_and_seed_give_the_same_figures(twice):
