@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Their outputs are reports of a moment, kept elsewhere; the pages are stored without.
 PAPERMILL_PAGES := nbs/weekly_retrain.ipynb nbs/monitor.ipynb nbs/benchmarks.ipynb
+# They show a long run that was done once; each page says how to repeat it.
+RECORDED_PAGES := nbs/ablation.ipynb
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
@@ -38,7 +40,7 @@ lab: .venv/.installed ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir nbs
 
 notebooks: .venv/.installed ## Re-execute every notebook in place, then clean
-	ML_ENSEMBLE_MODELS=$$(mktemp -d) $(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level=WARN nbs/*.ipynb
+	ML_ENSEMBLE_MODELS=$$(mktemp -d) $(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level=WARN $(filter-out $(RECORDED_PAGES),$(wildcard nbs/*.ipynb))
 	$(BIN)/jupyter nbconvert --clear-output --inplace --log-level=WARN $(PAPERMILL_PAGES)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_clean
 

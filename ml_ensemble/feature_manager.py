@@ -493,7 +493,7 @@ class FeatureStream:
 def check_bar(open, high, low, close, volume) -> tuple[float, float, float, float, float]:
     "One bar under the rules of a table, as floats, or the named error."
     try:
-        bar = tuple(float(value) for value in (open, high, low, close, volume))
+        bar = float(open), float(high), float(low), float(close), float(volume)
     except (TypeError, ValueError) as error:
         raise ColumnTypeError(f"the bar {(open, high, low, close, volume)} does not hold numbers ({error})",
                               "Hand in open, high, low, close and volume as numbers.") from error
