@@ -51,6 +51,7 @@ INTERRUPTED = 130
 def main() -> None:
     "Entry point of the command `ml-ensemble`."
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # a cancelled job ends as an interrupted one
+    sys.path.insert(0, str(Path.cwd()))                         # modules of custom features, as `python -m` would find
     sys.exit(run("--json" in sys.argv))
 
 def run(as_json: bool) -> int:
@@ -131,10 +132,11 @@ def nearby(path: Path) -> str:
 # %% ../nbs/23_cli.ipynb #ea970761
 def plan(source: str | None, days: int | None, overrides: tuple[str, ...]) -> dict:
     "What a retrain would start from and do."
-    from ml_ensemble.config import core_tree, expand_override, leaf_paths, load_settings
+    from ml_ensemble.config import core_tree, expand_override, feature_manager, leaf_paths, load_settings
     from ml_ensemble.retraining import get_market, run_overrides
     texts = [*overrides, *run_overrides(source, days)]
     settings, paths = load_settings(texts), leaf_paths(core_tree())
+    manager = feature_manager(settings)
     candles, store = get_market(settings).candles, ModelStore()
     current = present_or_damaged(store)
     return {
@@ -142,7 +144,7 @@ def plan(source: str | None, days: int | None, overrides: tuple[str, ...]) -> di
                   "versions_archived": len(store.versions()), "models": str(store.root)},
         "plan": {"source": settings.data.source, "bars": len(candles), "from": candles.index[0].isoformat(),
                  "to": candles.index[-1].isoformat(), "labels": settings.labels.model_dump(),
-                 "folds": settings.validation.n_splits, "weights": settings.ensemble.weights.model_dump(),
+                 "features": manager.get_feature_count(), "folds": settings.validation.n_splits, "weights": settings.ensemble.weights.model_dump(),
                  "set": {key: value for text in texts for key, value in expand_override(text, paths).items()}},
         "written": False}
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Count', 'Share', 'Positive', 'NonNegative', 'Limit', 'FILES', 'NOT_SETTINGS', 'Section', 'Data', 'Features', 'Labels',
-           'Validation', 'LightGBM', 'XGBoost', 'RandomForest', 'Learners', 'Weights', 'Ensemble', 'Training',
-           'Evaluation', 'Gate', 'Production', 'Settings', 'config_files', 'leaf_paths', 'core_tree', 'read_yaml',
-           'expand_override', 'nested', 'check_environment', 'explain', 'load_settings', 'feature_manager']
+           'Validation', 'LightGBM', 'XGBoost', 'RandomForest', 'Learners', 'Weights', 'Ensemble', 'Trading',
+           'Training', 'Evaluation', 'Gate', 'Production', 'Settings', 'config_files', 'leaf_paths', 'core_tree',
+           'read_yaml', 'expand_override', 'nested', 'check_environment', 'explain', 'load_settings', 'feature_manager']
 
 # %% ../nbs/10_config.ipynb #9382d4ca
 import os
@@ -72,7 +72,7 @@ class LightGBM(Section):
     min_child_samples: Count
     subsample: Share
     subsample_freq: Annotated[int, Field(ge=0)]
-    colsample_bytree: Share
+    colsample_bynode: Share
     reg_lambda: NonNegative
 
 class XGBoost(Section):
@@ -82,7 +82,7 @@ class XGBoost(Section):
     max_depth: Annotated[int, Field(ge=1, le=16)]
     min_child_weight: NonNegative
     subsample: Share
-    colsample_bytree: Share
+    colsample_bynode: Share
     reg_lambda: NonNegative
 
 class RandomForest(Section):
@@ -116,7 +116,16 @@ class Weights(Section):
 class Ensemble(Section):
     """How the learners become one answer."""
     weights: Weights
+    weighting: Literal["fixed", "learned", "greedy"]
+    shrinkage: NonNegative
+    calibration: Literal["none", "platt", "isotonic"]
     decision_threshold: Annotated[float, Field(gt=0, lt=1)]
+    objective: Literal["fixed", "f1", "profit"]
+
+class Trading(Section):
+    """What a change of position costs, as shares of the price."""
+    fee: Annotated[float, Field(ge=0, lt=0.1)]
+    slippage: Annotated[float, Field(ge=0, lt=0.1)]
 
 class Training(Section):
     """How training runs."""
@@ -158,6 +167,7 @@ class Settings(BaseSettings):
     validation: Validation
     learners: Learners
     ensemble: Ensemble
+    trading: Trading
     training: Training
     evaluation: Evaluation
     gate: Gate

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'KEYS', 'CANARY_TOLERANCE', 'ALLOWED', 'check_payload', 'check_definition', 'read_payload', 'Bundle',
-           'make_session', 'make_bundle', 'run_model', 'feature_rows', 'check_names', 'complete_rows',
+           'make_session', 'make_bundle', 'calibrate', 'run_model', 'feature_rows', 'check_names', 'complete_rows',
            'ProductionEnsemble', 'restore_ensemble', 'metadata_beside', 'load_file', 'predict_proba', 'decide_all',
            'model_info', 'describe']
 
@@ -21,10 +21,10 @@ from .core import (FeatureError, InfiniteValueError, IntegrityError, MissingValu
 from .feature_manager import FEATURE_NAMES, FeatureManager, scale_free, view_names
 from .versioning import METADATA_FILE, ModelStore, read_metadata, verify_bytes
 
-# %% ../nbs/06_ensemble.ipynb #54978988
-FORMAT = 1
+# %% ../nbs/06_ensemble.ipynb #3444e746
+FORMAT = 2
 KEYS = {"format": int, "model": bytes, "features": list, "fingerprint": str, "view": list, "classes": list,
-        "weights": dict, "decision_threshold": float, "canary": dict}
+        "weights": dict, "calibration": dict, "decision_threshold": float, "canary": dict}
 CANARY_TOLERANCE = 1e-6
 
 def check_payload(payload) -> dict:
@@ -114,10 +114,22 @@ def make_bundle(payload: dict, metadata: dict | None = None, features: FeatureMa
                              "Retrain on this machine, or roll back.")
     return bundle
 
+def calibrate(calibration: dict, p: np.ndarray) -> np.ndarray:
+    "Calibrated probabilities (N,) of class 1."
+    if calibration["kind"] == "platt":
+        p = np.clip(p, 1e-9, 1 - 1e-9)
+        score = calibration["slope"] * np.log(p / (1 - p)) + calibration["offset"]
+        return 1 / (1 + np.exp(-score))
+    return np.interp(p, calibration["x"], calibration["y"]) if calibration["kind"] == "isotonic" else p
+
 def run_model(bundle: Bundle, features: np.ndarray) -> np.ndarray:
     "Probabilities (N, K) float64 of complete rows of features."
     view = scale_free(features).astype(np.float32)
-    return bundle.session.run(["probabilities"], {"view": view})[0].astype(np.float64)
+    proba = bundle.session.run(["probabilities"], {"view": view})[0].astype(np.float64)
+    if bundle.payload["calibration"]["kind"] != "none":
+        proba[:, 1] = calibrate(bundle.payload["calibration"], proba[:, 1])
+        proba[:, 0] = 1 - proba[:, 1]
+    return proba
 
 # %% ../nbs/06_ensemble.ipynb #91aedeb1
 def feature_rows(X, payload: dict) -> np.ndarray:

@@ -75,7 +75,7 @@ class OutOfSample:
 
     def decide(
         self,
-        decision_threshold: float = 0.5,  # of the probability of class 1; three classes have no threshold
+        decision_threshold: float | np.ndarray = 0.5,  # of class 1, or (N,); three classes have none
     ) -> np.ndarray:                      # (N,) int, predicted labels
         "Two classes: 1 where its probability reaches the threshold. Three: the most probable class."
         if len(self.classes) == 2:
@@ -337,10 +337,10 @@ class Evaluation:
                   for name, value in row.items()} for row in self.folds.to_dict("records")]
         return {"metrics": self.metrics, "baselines": self.baselines, "intervals": self.intervals, "folds": folds}
 
-# %% ../nbs/16_evaluation.ipynb #fe524700
+# %% ../nbs/16_evaluation.ipynb #414ebc53
 def evaluate(
     oos: OutOfSample,
-    decision_threshold: float = 0.5,  # of the probability of class 1; ignored for three classes
+    decision_threshold: float | np.ndarray = 0.5,  # of class 1, or one for each row; ignored for three classes
     replications: int = 1000,         # of the bootstrap
     seed: int = 0,
     horizon: int = 1,                 # rows within which labels overlap: the shortest mean block

@@ -7,10 +7,11 @@ __all__ = ['SPEC', 'FEATURE_NAMES', 'INDICATOR_VERSION', 'VIEW_NAMES', 'Feature'
            'Transformer', 'FeatureManager', 'check_custom', 'fingerprint_of_12', 'fingerprint_of', 'view_names',
            'describe_features', 'own_parameters', 'make_features', 'fill', 'column_index', 'as_table', 'usable_cpus',
            'market_named', 'in_threads', 'features_of_tables', 'markets_of', 'rows_of_markets', 'fill_together',
-           'features_of_long_table', 'plot_feature', 'draw_candles', 'name_times', 'FeatureStream', 'check_bar',
-           'restore_stream']
+           'features_of_long_table', 'plot_feature', 'png_of', 'draw_candles', 'name_times', 'FeatureStream',
+           'check_bar', 'plain_numbers', 'restore_stream']
 
-# %% ../nbs/04_feature_manager.ipynb #892a0fd0
+# %% ../nbs/04_feature_manager.ipynb #e2b7cf43
+import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -18,17 +19,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 
-from .candles import (MISSING_TIME, OHLCV, VALUE_RULES, all_sound, bar_times, check_ohlcv, ohlcv_columns,
-                                 ohlcv_rules, price_columns)
+from .candles import (MISSING_TIME, NO_NUMBERS, OHLCV, VALUE_RULES, all_sound, bar_times, check_ohlcv,
+                                 ohlcv_columns, ohlcv_rules, price_columns)
 from .core import (ColumnTypeError, ConfigError, FeatureError, MissingColumnError, MissingValueError,
                               MLEnsembleError, TimestampError, canonical_json, readable_json, sha256_hex)
 from .custom_features import CustomFeature, WindowBuffer, custom_columns
-from .indicators import (COMPILE_FROM, STATE, WARMUP, WINDOW, compiled, feed, new_memory, new_state,
-                                    numba_installed, read_only, sound, update)
+from .indicators import (COMPILE_FROM, LEAST, MOST, STATE, WARMUP, WINDOW, compiled, feed, new_memory,
+                                    new_state, read_only, sound, update)
 
 # %% ../nbs/04_feature_manager.ipynb #6160599b
 @dataclass(frozen=True)
@@ -95,6 +97,9 @@ def scale_free(
 ) -> np.ndarray:           # (T, 12 + K) float64 without any price or volume level; custom columns as they are
     "The 12 features as ratios in which the price level and the volume level cancel out."
     features = np.asarray(features)
+    if features.ndim != 2 or features.shape[1] < len(SPEC):
+        raise FeatureError(f"the features have shape {features.shape}, wanted are rows of {len(SPEC)} or more",
+                           "Use FeatureManager().generate_features, all columns in their order.")
     close, _, returns, rsi, macd, signal, atr, bb, ema_20, ema_50, volume_ratio, _ = features[:, :12].T
     atr_or_inf = np.where(atr > 0, atr, np.where(np.isnan(atr), np.nan, np.inf))
     return np.column_stack([
@@ -107,7 +112,8 @@ class Transformer:
 
     def fit(self, X, y=None):
         "Look at the columns; there is nothing to learn."
-        price_columns(X)
+        for table in X.values() if isinstance(X, Mapping) else [X]:
+            price_columns(table)
         return self
 
     def transform(self, X):
@@ -159,22 +165,24 @@ class FeatureManager(Transformer):
     custom : sequence of CustomFeature, default ()
         Columns behind the 12.
 
-    Attributes
-    ----------
-    fingerprint : str
-        SHA-256 of names, order, definitions and versions of the features, 64 hexadecimal digits.
 
     """
 
     def __init__(self, calendar: str = "continuous", custom: Sequence[CustomFeature] = ()):
         ohlcv_rules(calendar)
         check_custom(custom)
-        self.calendar, self.custom, self.fingerprint = calendar, custom, fingerprint_of(custom)
+        self.calendar, self.custom, self._custom = calendar, custom, tuple(custom)
+        fingerprint_of(self._custom)     # what cannot be hashed is refused here
 
     @property
     def features(self) -> tuple:
         "The 12, then the custom ones."
-        return (*SPEC, *self.custom)
+        return (*SPEC, *self._custom)
+
+    @property
+    def fingerprint(self) -> str:
+        "SHA-256 of names, order, definitions and versions, 64 hexadecimal digits."
+        return fingerprint_of(self._custom)
 
     @property
     def warmup(self) -> int:
@@ -216,7 +224,7 @@ class FeatureManager(Transformer):
 # %% ../nbs/04_feature_manager.ipynb #8f2f6720
 def check_custom(custom: Sequence[CustomFeature]) -> None:
     "Refuse what is no custom feature, and names that are taken."
-    if not isinstance(custom, Sequence) or any(not isinstance(feature, CustomFeature) for feature in custom):
+    if not isinstance(custom, (list, tuple)) or any(not isinstance(feature, CustomFeature) for feature in custom):
         raise FeatureError(f"custom is {custom!r}", "Hand in a list of features made with custom_feature or CustomFeature.")
     names = [*FEATURE_NAMES, *VIEW_NAMES, *(feature.name for feature in custom)]
     for feature in custom:
@@ -236,7 +244,7 @@ def fingerprint_of(custom: Sequence[CustomFeature]) -> str:
 
 def view_names(manager: FeatureManager) -> list[str]:
     "Names of the columns the learners see: the scale-free view, then the custom features as they are."
-    return [*VIEW_NAMES, *(feature.name for feature in manager.custom)]
+    return [*VIEW_NAMES, *(feature.name for feature in manager._custom)]
 
 def describe_features(features: Sequence):
     "Names, formulas, windows and units as a pandas DataFrame."
@@ -247,7 +255,7 @@ def describe_features(features: Sequence):
 
 def own_parameters(manager: FeatureManager) -> dict:
     "The parameters that are not at their default."
-    return {name: value for name, value in (("calendar", manager.calendar), ("custom", manager.custom))
+    return {name: value for name, value in (("calendar", manager.calendar), ("custom", manager._custom))
             if value != {"calendar": "continuous", "custom": ()}[name]}
 
 # %% ../nbs/04_feature_manager.ipynb #3e268b9c
@@ -269,13 +277,15 @@ def make_features(manager: FeatureManager, candles, by: str | None = None, threa
     -------
     pandas.DataFrame, or a dict of them
         (T, 12) float64 on the same index, one table or dict like the one handed in. The first `warmup` rows of a market
-        are incomplete and hold NaN.
+        are incomplete and hold NaN. Rows of a long table keep their place; its column `by` is not repeated.
 
     Raises
     ------
     DataError
-        By name: the market, the first offending row, the fault, the remedy.
+        By name: the market, the first offending row (counted within the market), the fault, the remedy.
     """
+    if isinstance(candles, Mapping) and by is not None:
+        raise ConfigError(f"by={by!r} was given for tables that are already one a market", "Leave it out.")
     if isinstance(candles, Mapping):
         return features_of_tables(manager, candles, threads)
     if by is not None or getattr(getattr(candles, "index", None), "nlevels", 1) > 1:
@@ -289,11 +299,11 @@ def make_features(manager: FeatureManager, candles, by: str | None = None, threa
 def fill(manager: FeatureManager, columns: dict[str, np.ndarray], out: np.ndarray) -> None:
     "Check the candles of one market and write its features into `out`, (T, 12 + K) float64."
     check_ohlcv(columns, manager.calendar)
-    base = np.empty((len(out), len(SPEC))) if manager.custom else out
+    base = np.empty((len(out), len(SPEC))) if manager._custom else out
     feed(new_memory(), *(columns[name] for name in OHLCV[1:]), base)
-    if manager.custom:
+    if manager._custom:
         out[:, :len(SPEC)] = base
-        out[:, len(SPEC):] = custom_columns(manager.custom, columns)
+        out[:, len(SPEC):] = custom_columns(WindowBuffer(manager._custom), columns)
 
 @cache
 def column_index(*names: str):
@@ -301,10 +311,10 @@ def column_index(*names: str):
     import pandas as pd
     return pd.Index(names)
 
-def as_table(manager: FeatureManager, candles, values: np.ndarray):
+def as_table(manager: FeatureManager, candles, values: np.ndarray, fingerprint: str | None = None):
     "Values as a table like `candles`, which remembers the definition it was made by."
     table = type(candles)(values, index=candles.index, columns=column_index(*manager.get_feature_names()), copy=False)
-    table.attrs["fingerprint"] = manager.fingerprint
+    table.attrs["fingerprint"] = fingerprint or manager.fingerprint
     return table
 
 # %% ../nbs/04_feature_manager.ipynb #609cef9c
@@ -322,9 +332,9 @@ def market_named(name):
 
 def in_threads(work, markets: list, bars: int, threads: int | None) -> list:
     "What `work` answers for each share of the markets, in order; the shares go to threads."
-    if threads is not None and (type(threads) is not int or threads < 1):
+    if threads is not None and (not isinstance(threads, (int, np.integer)) or threads < 1):
         raise ConfigError(f"threads is {threads!r}, the limit is 1", "Leave it out, or give a whole number from 1.")
-    if numba_installed() and bars >= COMPILE_FROM:
+    if bars >= COMPILE_FROM:
         compiled()          # once, before the threads ask for it
     threads = threads or usable_cpus()
     share = -(-len(markets) // (8 * threads)) or 1       # few handovers, and no thread idles for long at the end
@@ -336,6 +346,7 @@ def features_of_tables(manager: FeatureManager, tables: Mapping, threads: int | 
     "Market to features, from market to candles. All of them lie in one block of memory."
     ends = np.cumsum([len(table) if hasattr(table, "index") else 0 for table in tables.values()], dtype=np.int64)
     block = np.empty((ends[-1] if len(ends) else 0, manager.get_feature_count()))
+    fingerprint = manager.fingerprint
 
     def work(share):
         made = []
@@ -344,7 +355,7 @@ def features_of_tables(manager: FeatureManager, tables: Mapping, threads: int | 
                 columns = ohlcv_columns(candles)
                 values = block[end - len(candles):end]
                 fill(manager, columns, values)
-                made.append((name, as_table(manager, candles, values)))
+                made.append((name, as_table(manager, candles, values, fingerprint)))
         return made
 
     parts = in_threads(work, list(zip(tables, tables.values(), ends)), len(block), threads)
@@ -355,9 +366,11 @@ def markets_of(candles, by: str | None):
     "Number of the market of each row of a long table, the markets' names, and a function from rows to their times."
     index = candles.index
     if by is not None:
-        if by not in candles.columns:
-            raise MissingColumnError(f"there is no column {by!r} that could name the market, only {list(candles.columns)}",
-                                     "Name the column that holds the market.")
+        if not isinstance(by, str):
+            raise ConfigError(f"by is a {type(by).__name__}", "Give the name of the column that holds the market.")
+        if list(candles.columns).count(by) != 1:
+            raise MissingColumnError(f"there is no one column {by!r} that could name the market, only "
+                                     f"{list(candles.columns)}", "Name the column that holds the market.")
         codes, names = candles[by].factorize()
         times = bar_times(index)
         return codes, names, lambda rows: times[rows]
@@ -374,14 +387,14 @@ def rows_of_markets(codes: np.ndarray) -> list[tuple[int, slice | np.ndarray]]:
     starts = np.concatenate([[0], np.flatnonzero(codes[1:] != codes[:-1]) + 1])
     if len(np.unique(codes[starts])) == len(starts):
         return [(int(codes[a]), slice(int(a), int(b))) for a, b in zip(starts, [*starts[1:], len(codes)])]
-    order = np.argsort(codes, kind="stable")
-    numbers, first = np.unique(codes[order], return_index=True)
-    return list(zip(numbers.tolist(), np.split(order, first[1:])))
+    counts = np.bincount(codes)
+    numbers = np.flatnonzero(counts)
+    return list(zip(numbers.tolist(), np.split(np.argsort(codes, kind="stable"), counts[numbers].cumsum()[:-1])))
 
 # %% ../nbs/04_feature_manager.ipynb #626d4803
 def fill_together(manager: FeatureManager, edges: np.ndarray, columns: dict[str, np.ndarray], out: np.ndarray) -> bool:
     "Write the features of markets that lie one after the other, between `edges`; False if it has to be one by one."
-    if manager.custom or not all_sound(columns, manager.calendar, edges):
+    if manager._custom or not all_sound(columns, manager.calendar, edges):
         return False
     compiled().run_markets(edges, new_state(), *(read_only(columns[name]) for name in OHLCV[1:]), out)
     return True
@@ -417,9 +430,10 @@ def features_of_long_table(manager: FeatureManager, candles, by: str | None, thr
 def plot_feature(manager: FeatureManager, candles, feature: str, last: int = 120):
     "A feature under its candles, newest `last` bars (matplotlib Figure)."
     from matplotlib.figure import Figure
+    price_columns(candles)
     if feature not in manager.get_feature_names():
         raise FeatureError(f"there is no feature {feature!r}", f"Choose one of {', '.join(manager.get_feature_names())}.")
-    if type(last) is not int or last < 1:
+    if not isinstance(last, (int, np.integer)) or last < 1:
         raise ConfigError(f"last is {last!r}, the limit is 1", "Give a number of bars.")
     shown, values = candles.iloc[-last:], manager.generate_features(candles)[feature].iloc[-last:]
     figure = Figure(figsize=(10, 5.5), dpi=110, layout="constrained")
@@ -434,7 +448,14 @@ def plot_feature(manager: FeatureManager, candles, feature: str, last: int = 120
         ax.grid(color="#e6e8eb", linewidth=0.7)
         ax.set_axisbelow(True)
     name_times(below, shown.index)
+    figure._repr_png_ = lambda: png_of(figure)       # a notebook shows it also without %matplotlib inline
     return figure
+
+def png_of(figure) -> bytes:
+    "A figure as PNG."
+    picture = BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()
 
 def draw_candles(ax, candles) -> None:
     "Candles at 0, 1, 2, ...: hollow when the price rose, filled when it fell."
@@ -454,72 +475,99 @@ def name_times(ax, index) -> None:
 
 # %% ../nbs/04_feature_manager.ipynb #eff87a01
 class FeatureStream:
-    """The features bar by bar; made by `FeatureManager.stream()`."""
+    """The features bar by bar; made by `FeatureManager.stream()`. It has no clock and no lock: one feeds it every bar, once.
+    """
 
     def __init__(self, manager: FeatureManager):
+        if not isinstance(manager, FeatureManager):
+            raise FeatureError(f"manager is a {type(manager).__name__}", "Hand in a FeatureManager.")
         self.manager, self.fingerprint = manager, manager.fingerprint
-        self._state, self._closes, self._volumes = new_memory()
-        self._buffer = WindowBuffer(manager.custom)
+        self._memory, self._buffer = new_memory(), WindowBuffer(manager._custom)
 
     def step(self, open: float, high: float, low: float, close: float, volume: float) -> np.ndarray:
         "Take the newest closed bar; (12 + K,) float64, NaN in warm-up. A bar that breaks a rule changes nothing."
         bar = check_bar(open, high, low, close, volume)
         own = self._buffer.push(bar)
-        self._state, values = update(self._state, self._closes, self._volumes, *bar[1:], self._state[0] > WARMUP)
+        state, closes, volumes = self._memory
+        state, values = update(state, closes, volumes, *bar[1:], state[0] > WARMUP)
+        self._memory = state, closes, volumes
         return np.array((*values, *own))
 
     def warm_up(self, history) -> "FeatureStream":
-        "Take every row of a table of candles."
-        columns = ohlcv_columns(history)
+        "Take every row of a table of candles that come after those it has seen; on an error it is as it was."
+        columns, buffer = ohlcv_columns(history), copy.copy(self._buffer)
         check_ohlcv(columns, self.manager.calendar)
-        for bar in zip(*(columns[name].tolist() for name in OHLCV)):
-            self.step(*bar)
+        custom_columns(buffer, columns)
+        values = np.empty((len(columns["time"]), len(SPEC)))
+        self._memory = feed(self._memory, *(columns[name] for name in OHLCV[1:]), values)
+        self._buffer = buffer
         return self
 
     def to_json(self) -> str:
         "The state as JSON, with the fingerprint of the definition it belongs to."
-        saved = dict(zip(STATE, self._state)) | {"closes": self._closes, "volumes": self._volumes}
-        own = {"custom_bars": self._buffer.last_bars()} if self.manager.custom else {}
+        state, closes, volumes = self._memory
+        saved = dict(zip(STATE, state)) | {"closes": closes, "volumes": volumes}
+        own = {"custom_bars": self._buffer.last_bars()} if self.manager._custom else {}
         return readable_json({"fingerprint": self.fingerprint, **saved, **own})
 
     @classmethod
     def from_json(cls, text: str, manager: FeatureManager | None = None) -> "FeatureStream":
         "A stream that goes on where `to_json` stopped; `manager` is needed when it has custom features."
-        stream = cls(manager or FeatureManager())
+        stream = cls(FeatureManager() if manager is None else manager)
         restore_stream(stream, text)
         return stream
+
+    def __copy__(self) -> "FeatureStream":
+        return copy.deepcopy(self)
 
 # %% ../nbs/04_feature_manager.ipynb #f0d0cbdb
 def check_bar(open, high, low, close, volume) -> tuple[float, float, float, float, float]:
     "One bar under the rules of a table, as floats, or the named error."
     try:
         bar = float(open), float(high), float(low), float(close), float(volume)
-    except (TypeError, ValueError) as error:
-        raise ColumnTypeError(f"the bar {(open, high, low, close, volume)} does not hold numbers ({error})",
-                              "Hand in open, high, low, close and volume as numbers.") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        bar, reason = None, error
+    if bar is None or not set(map(type, (open, high, low, close, volume))).isdisjoint(NO_NUMBERS):
+        raise ColumnTypeError(f"the bar {(open, high, low, close, volume)} does not hold numbers"[:200],
+                              "Hand in open, high, low, close and volume as numbers.") from (reason if bar is None else None)
     if sound(*bar):
         return bar
     columns = {name: np.array([value]) for name, value in zip(OHLCV, bar)}
     rule = next(rule for rule in VALUE_RULES if rule.find(columns)[0])
     raise rule.error(f"the bar is refused: {rule.tell(columns, 0)}", rule.remedy)
 
-# %% ../nbs/04_feature_manager.ipynb #c6ba9820
+# %% ../nbs/04_feature_manager.ipynb #677f4779
+def plain_numbers(saved: dict, kept: int) -> tuple[tuple, list[list[float]], np.ndarray]:
+    "State, rings and custom bars of a saved stream; `ValueError` for whatever a stream cannot have written."
+    state, rings = [saved[name] for name in STATE], [saved["closes"], saved["volumes"]]
+    own = saved.get("custom_bars", [[]] * 5)
+    if any(type(ring) is not list or len(ring) != WINDOW for ring in rings):
+        raise ValueError("a ring does not hold 20 numbers")
+    if type(own) is not list or [type(row) is list and len(row) for row in own] != [min(state[0], kept)] * 5:
+        raise ValueError("the custom bars are incomplete")
+    numbers = [*state[2:], *rings[0], *rings[1], *(value for row in own for value in row)]
+    if [type(value) for value in state[:2]] != [int, int] or any(type(value) not in (int, float) for value in numbers):
+        raise ValueError("not all of it is numbers")
+    never_negative = [*state[:6], *rings[0], *rings[1]]
+    if any(not -MOST <= value <= MOST for value in numbers) or min(never_negative) < 0 or state[1] > state[0] \
+            or state[0] and min(state[2], *rings[0]) < LEAST:
+        raise ValueError("a number is out of range")
+    return (*state[:2], *map(float, state[2:])), [list(map(float, ring)) for ring in rings], np.array(own, dtype=float)
+
 def restore_stream(stream: FeatureStream, text: str) -> None:
     "Give a fresh stream the memory that `to_json` wrote, if it belongs to this definition of the features."
+    buffer = stream._buffer
     try:
         saved = json.loads(text)
-        found = saved["fingerprint"]
-        state = (int(saved["bars"]), int(saved["flat"]), *(float(saved[name]) for name in STATE[2:]))
-        rings = [[float(value) for value in saved[name]] for name in ("closes", "volumes")]
-        own = np.array(saved.get("custom_bars", np.empty((5, 0))), dtype=np.float64)
-    except (ValueError, KeyError, TypeError) as error:
-        raise FeatureError(f"the saved stream cannot be read ({error})", "Warm up a new stream from history.") from error
-    kept = min(state[0], stream._buffer.bars.shape[1])
-    whole = [len(ring) for ring in rings] == [WINDOW, WINDOW] and own.shape == (5, kept) \
-        and np.isfinite([*state, *rings[0], *rings[1], *own.ravel()]).all()
-    if found != stream.fingerprint or not whole:
+        fingerprint, size = saved["fingerprint"], buffer.bars.shape[1]
+        if fingerprint == stream.fingerprint:
+            state, rings, own = plain_numbers(saved, size)
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
+        raise FeatureError(f"the saved stream is damaged ({error})", "Warm up a new stream from history.") from error
+    if fingerprint != stream.fingerprint:
         raise FeatureError("the saved stream belongs to another definition of the features",
                            "Hand in the FeatureManager it was made with, or warm up a new stream from history.")
-    stream._state, (stream._closes, stream._volumes) = state, rings
-    stream._buffer.bars[:, stream._buffer.bars.shape[1] - kept:] = own
-    stream._buffer.seen = state[0]
+    stream._memory = state, *rings
+    if size:
+        buffer.bars = np.column_stack([np.full((5, size - own.shape[1]), np.nan), own])
+    buffer.seen = state[0]

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'NOTEBOOK', 'PAGE', 'get_market', 'from_root', 'get_training_set', 'label_balance', 'new_learners',
-           'run_walk_forward', 'out_of_sample', 'evaluate_blend', 'learner_evaluations', 'learner_table', 'importance',
-           'Candidate', 'staging', 'fit_candidate', 'load_champion', 'reach_verdict', 'git_state', 'package_versions',
-           'describe_data', 'provenance', 'stage', 'check_parameters', 'execute', 'render', 'Outcome', 'finish',
-           'install_training', 'retrain', 'run_notebook', 'run_overrides', 'new_run', 'report_failure', 'refusal_alert']
+           'run_walk_forward', 'mixing_of', 'mix_learners', 'evaluate_mixed', 'evaluate_blend', 'learner_evaluations',
+           'learner_table', 'mixing_table', 'importance', 'Candidate', 'staging', 'fit_candidate', 'load_champion',
+           'reach_verdict', 'git_state', 'package_versions', 'describe_data', 'provenance', 'stage', 'check_parameters',
+           'execute', 'render', 'Outcome', 'finish', 'install_training', 'retrain', 'run_notebook', 'run_overrides',
+           'new_run', 'report_failure', 'refusal_alert']
 
 # %% ../nbs/21_retraining.ipynb #334e0f65
 import json
@@ -17,27 +18,28 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from warnings import warn
 import pandas as pd
 from .base_learners import NAMES, make_learners, predict_learner
+from .blending import Mixed, Mixing, Mixture, mix
+from .candles import bar_interval
 from .config import Settings, feature_manager, load_settings
 from .core import (ConfigError, MLEnsembleError, ModelNotFoundError, RetrainError, iso, project_root,
                               readable_json, sha256_hex, write_atomic)
 from .ensemble import ProductionEnsemble
-from .evaluation import Evaluation, OutOfSample, evaluate, permutation_importance
-from .candles import bar_interval
+from .evaluation import Evaluation, evaluate, paired_skill_difference, permutation_importance
 from .feature_manager import FeatureManager, check_order_file, view_names
 from .labels import make_labels
 from .market_data import Market, load_candles
 from .monitoring import send_alert
 from .quality_gate import Verdict, compare_with_champion, judge
 
-# %% ../nbs/21_retraining.ipynb #f519f291
-from .training import (TrainingSet, WalkForward, blend, fit_all, make_ensemble, make_training_set,
+# %% ../nbs/21_retraining.ipynb #ab1fb724
+from .training import (TrainingSet, WalkForward, fit_all, make_ensemble, make_training_set,
                                   parity_error, probe_artefact, verify_version, walk_forward)
 from .validation import PurgedWalkForward
 from .versioning import MODEL_FILE, ModelStore, present_or_damaged
@@ -78,16 +80,25 @@ def run_walk_forward(settings: Settings, data: TrainingSet, progress: Callable[[
     splitter = PurgedWalkForward(**settings.validation.model_dump())
     return walk_forward(data, splitter, lambda: new_learners(settings), progress)
 
-def out_of_sample(walk: WalkForward, weights: dict[str, float]) -> OutOfSample:
-    "The walk-forward predictions of a blend."
-    proba = blend(walk.proba, weights)
-    return OutOfSample(walk.time, walk.y, proba, walk.prior, walk.fold, walk.previous, walk.classes)
+def mixing_of(settings: Settings, weights: dict[str, float] | None = None) -> Mixing:
+    "The mixing that is configured; with `weights` these, fixed."
+    ensemble, trading = settings.ensemble, settings.trading
+    return Mixing(weights or ensemble.weights.model_dump(), "fixed" if weights else ensemble.weighting,
+                  ensemble.shrinkage, ensemble.calibration, ensemble.decision_threshold, ensemble.objective,
+                  trading.fee + trading.slippage)
+
+def mix_learners(settings: Settings, walk: WalkForward, weights: dict[str, float] | None = None) -> Mixed:
+    "The walk-forward predictions of the blend, and the mixture for production."
+    return mix(walk, mixing_of(settings, weights))
+
+def evaluate_mixed(settings: Settings, mixed: Mixed) -> Evaluation:
+    "Figures, baselines and intervals of out-of-sample answers."
+    return evaluate(mixed.oos, mixed.threshold, settings.evaluation.replications, settings.seed,
+                    settings.labels.horizon)
 
 def evaluate_blend(settings: Settings, walk: WalkForward, weights: dict[str, float] | None = None) -> Evaluation:
     "Figures, baselines and intervals of a blend (by default the configured one)."
-    weights = settings.ensemble.weights.model_dump() if weights is None else weights
-    return evaluate(out_of_sample(walk, weights), settings.ensemble.decision_threshold,
-                    settings.evaluation.replications, settings.seed, settings.labels.horizon)
+    return evaluate_mixed(settings, mix_learners(settings, walk, weights))
 
 # %% ../nbs/21_retraining.ipynb #07324532
 def learner_evaluations(settings: Settings, walk: WalkForward) -> dict[str, Evaluation]:
@@ -95,21 +106,40 @@ def learner_evaluations(settings: Settings, walk: WalkForward) -> dict[str, Eval
     alone = lambda name: {other: float(other == name) for other in walk.proba}
     return {name: evaluate_blend(settings, walk, alone(name)) for name in walk.proba}
 
-def learner_table(settings: Settings, ensemble: Evaluation, learners: dict[str, Evaluation]) -> pd.DataFrame:
+def learner_table(mixture: Mixture, ensemble: Evaluation, learners: dict[str, Evaluation]) -> pd.DataFrame:
     "Weights and out-of-sample figures of the ensemble and of each learner."
     rows = []
     for name, figures in {"ensemble": ensemble, **learners}.items():
         low, high = figures.intervals["skill"]
-        rows.append({"model": name, "weight": settings.ensemble.weights.model_dump().get(name, 1.0),
+        rows.append({"model": name, "weight": mixture.weights.get(name, 1.0),
                      "skill": figures.metrics["skill"], "skill 95 %": f"{low:.3f} to {high:.3f}",
                      "log loss": figures.metrics["log_loss"], "weighted F1": figures.metrics["weighted_f1"],
                      "AUC": figures.metrics["auc"]})
     return pd.DataFrame(rows).set_index("model").round(4)
 
-def importance(settings: Settings, data: TrainingSet, walk: WalkForward) -> pd.DataFrame:
-    "Skill lost when a feature is shuffled, on the newest fold and with the learners that had not seen it."
-    weights, newest = settings.ensemble.weights.model_dump(), walk.fold == walk.fold.max()
-    predict = lambda X: blend({name: predict_learner(learner, X) for name, learner in walk.newest.items()}, weights)
+def mixing_table(settings: Settings, walk: WalkForward) -> pd.DataFrame:
+    "Every way of weighting and calibrating on the same rows, beside the configured one, with intervals."
+    present, configured, rows = mix_learners(settings, walk), mixing_of(settings), []
+    ways = [replace(configured, weighting=way) for way in ("fixed", "learned", "greedy")]
+    if len(walk.classes) == 2:
+        ways += [replace(configured, calibration=way) for way in ("none", "platt", "isotonic")]
+    for way in dict.fromkeys((w.weighting, w.calibration) for w in ways):
+        mixed = mix(walk, replace(configured, weighting=way[0], calibration=way[1]))
+        figures = evaluate_mixed(settings, mixed).metrics
+        _, low, high = difference = paired_skill_difference(
+            walk.y, mixed.oos.proba, present.oos.proba, walk.prior, walk.classes, settings.evaluation.replications,
+            seed=settings.seed, horizon=settings.labels.horizon)
+        rows.append({"weighting": way[0], "calibration": way[1], "skill": round(figures["skill"], 4),
+                     "against the configured, 95 %": f"{difference[0]:+.4f} ({low:+.4f} to {high:+.4f})",
+                     "calibration error": round(figures["calibration_error"], 4),
+                     "weights for production": ", ".join(f"{w:.2f}" for w in mixed.final.weights.values())})
+    return pd.DataFrame(rows).set_index(["weighting", "calibration"])
+
+# %% ../nbs/21_retraining.ipynb #5efc42a0
+def importance(settings: Settings, data: TrainingSet, walk: WalkForward, mixed: Mixed) -> pd.DataFrame:
+    "Skill lost when a feature is shuffled, on the newest fold, with learners and mixture that had not seen it."
+    newest, mixture = walk.fold == walk.fold.max(), mixed.folds[-1]
+    predict = lambda X: mixture.proba({name: predict_learner(learner, X) for name, learner in walk.newest.items()})
     rows = data.features.index.get_indexer(walk.time[newest])
     return permutation_importance(predict, data.view[rows], walk.y[newest], walk.prior[newest], walk.classes,
                                   view_names(data.manager), seed=settings.seed)
@@ -126,16 +156,16 @@ def staging(store: ModelStore, run_id: str) -> Path:
     "Where a run lays its candidate."
     return store.root / ".staging" / run_id
 
-def fit_candidate(settings: Settings, data: TrainingSet, store: ModelStore, run_id: str,
+def fit_candidate(settings: Settings, data: TrainingSet, mixture: Mixture, store: ModelStore, run_id: str,
                   progress: Callable[[str], None] = print) -> Candidate:
     "Refit on all rows, build the artefact, lay it aside and measure it in a fresh process."
-    weights = settings.ensemble.weights.model_dump()
     learners = fit_all(data, new_learners(settings), progress)
-    ensemble = make_ensemble(data, learners, weights, settings.ensemble.decision_threshold)
+    ensemble = make_ensemble(data, learners, mixture.weights, mixture.threshold, mixture.calibration)
     path = write_atomic(staging(store, run_id) / MODEL_FILE, ensemble.to_bytes())
     progress("measuring the artefact in a fresh process")
     measured = probe_artefact(path, settings.features.custom)
-    artefact = {"parity_error": parity_error(ensemble, data, learners, weights), "size_mb": path.stat().st_size / 1e6,
+    artefact = {"parity_error": parity_error(ensemble, data, learners, mixture.weights, mixture.calibration),
+                "size_mb": path.stat().st_size / 1e6,
                 **{key: measured[key] for key in ("load_seconds", "memory_mb", "latency_ms")}}
     return Candidate(ensemble, learners, artefact)
 
@@ -150,11 +180,11 @@ def load_champion(store: ModelStore, manager: FeatureManager) -> ProductionEnsem
         warn(f"the version in production cannot be compared with: {error}", RuntimeWarning, stacklevel=2)
         return None
 
-def reach_verdict(settings: Settings, data: TrainingSet, walk: WalkForward, evaluation: Evaluation,
+def reach_verdict(settings: Settings, data: TrainingSet, mixed: Mixed, evaluation: Evaluation,
                   candidate: Candidate, store: ModelStore) -> Verdict:
     "Hold the candidate against every criterion of the gate."
     comparison = compare_with_champion(
-        out_of_sample(walk, settings.ensemble.weights.model_dump()), data.features, load_champion(store, data.manager),
+        mixed.oos, data.features, load_champion(store, data.manager),
         settings.labels.model_dump(), settings.data.source, settings.gate, settings.seed,
         settings.evaluation.replications)
     return judge(evaluation, len(data), settings.gate, comparison, candidate.artefact)
@@ -321,6 +351,7 @@ def run_notebook(store: ModelStore, overrides: tuple[str, ...], verbose: bool, s
     run_id, report = new_run(store)
     parameters = {"overrides": list(overrides), "models": str(store.root), "run_id": run_id}
     notebook = project_root() / "nbs" / NOTEBOOK
+    feature_manager(load_settings(overrides))       # a wrong declaration shows before anything starts
     try:
         check_parameters(notebook, parameters)
         execute(notebook, report, parameters, verbose, show_progress)

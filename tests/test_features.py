@@ -1,8 +1,13 @@
 """The 12 features against TA-Lib, and what makes them safe: causal, the same in batch and stream, light to import."""
+import copy
+import functools
 import json
+import pickle
 import re
+import signal
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -11,6 +16,7 @@ import talib
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from ml_ensemble import candles as candles_module
 from ml_ensemble import core, feature_manager, indicators
 from ml_ensemble.candles import VALUE_RULES, all_sound, fault_of, ohlcv_rules
 from ml_ensemble.core import FeatureError
@@ -237,8 +243,8 @@ def many(sandbox) -> dict:
 @pytest.mark.parametrize("loops", ["plain", "compiled"])
 def test_many_markets_equal_each_alone(sandbox, threads, loops, monkeypatch):
     if loops == "plain":
-        monkeypatch.setattr(indicators, "numba_installed", lambda: False)
-        monkeypatch.setattr(feature_manager, "numba_installed", lambda: False)
+        monkeypatch.setattr(indicators, "pays_to_compile", lambda bars: False)
+        monkeypatch.setattr(candles_module, "pays_to_compile", lambda bars: False)
     else:
         indicators.compiled()
     manager, tables = FeatureManager(), many(sandbox)
@@ -261,7 +267,7 @@ def test_many_markets_that_cannot_be_told_apart_are_refused(sandbox):
     make = FeatureManager().generate_features
     assert make({}) == {}
     long = pd.concat(many(sandbox), names=["market", "time"])
-    with pytest.raises(core.MissingColumnError, match="no column 'symbol'"):
+    with pytest.raises(core.MissingColumnError, match="no one column 'symbol'"):
         make(long.reset_index("market"), by="symbol")
     with pytest.raises(core.MissingValueError, match="row 3 does not say"):
         make(spoil(long.reset_index("market"), 3, "market", None), by="market")
@@ -275,7 +281,7 @@ def test_without_numba_the_batch_gives_the_same_bits_in_pieces(sandbox, monkeypa
     whole = FeatureManager().generate_features(sandbox)
     monkeypatch.setattr(indicators, "COMPILE_FROM", 1)
     compiled = FeatureManager().generate_features(sandbox)
-    monkeypatch.setattr(indicators, "numba_installed", lambda: False)
+    monkeypatch.setattr(indicators, "pays_to_compile", lambda bars: False)
     monkeypatch.setattr(indicators, "PIECE", 77)
     pieces = FeatureManager().generate_features(sandbox)
     assert whole.to_numpy().tobytes() == compiled.to_numpy().tobytes() == pieces.to_numpy().tobytes()
@@ -311,6 +317,36 @@ def test_custom_features_are_causal_and_the_same_in_batch_and_stream(sandbox):
     np.testing.assert_array_equal(long.loc["B"], whole)
 
 
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda stream: pickle.loads(pickle.dumps(stream))])
+@pytest.mark.parametrize("custom", [[], [slope, spread]])
+def test_a_copy_of_a_stream_goes_its_own_way(sandbox, custom, again):
+    manager, bars = FeatureManager(custom=custom), list(sandbox.iloc[:130].itertuples(index=False))
+    whole = manager.generate_features(sandbox.iloc[:130]).to_numpy()
+    stream = manager.stream().warm_up(sandbox.iloc[:100])
+    twin = again(stream)
+    for t in range(100, 130):
+        assert twin.step(*bars[t]).tobytes() == whole[t].tobytes()
+    assert stream.step(*bars[100]).tobytes() == whole[100].tobytes()
+
+
+def test_a_manager_with_custom_features_can_be_pickled(sandbox):
+    manager = pickle.loads(pickle.dumps(FeatureManager(custom=[slope, CustomFeature("last", [0, 0], plain_last)])))
+    assert manager.get_feature_names()[12:] == ["slope", "last"] and manager.custom[0] is slope
+
+
+def plain_last(bars):
+    return bars.close[-1]
+
+
+def test_a_list_that_grows_later_changes_nothing(sandbox):
+    custom = [slope]
+    manager = FeatureManager(custom=custom)
+    before = manager.fingerprint
+    custom.append(spread)
+    assert manager.get_feature_count() == 13 and manager.fingerprint == before
+    assert manager.generate_features(sandbox.iloc[:80]).shape[1] == 13
+
+
 def test_a_custom_feature_that_fails_changes_nothing(sandbox):
     @custom_feature(window=[0, 0])
     def picky(bars):
@@ -318,8 +354,85 @@ def test_a_custom_feature_that_fails_changes_nothing(sandbox):
     stream, other = (FeatureManager(custom=[picky]).stream().warm_up(sandbox.iloc[:60]) for _ in range(2))
     with pytest.raises(FeatureError, match="picky failed: IndexError"):
         stream.step(7.0, 7.0, 7.0, 7.0, 1.0)
+    history = sandbox.iloc[60:80].copy()
+    history.iloc[9] = 7.0
+    with pytest.raises(FeatureError, match=r"row 9 \(.*picky failed"):
+        stream.warm_up(history)
     bar = sandbox.iloc[60]
     assert stream.step(*bar).tobytes() == other.step(*bar).tobytes()
+
+
+def test_ctrl_c_inside_a_custom_feature_leaves_the_stream_as_it_was(sandbox):
+    @custom_feature(window=[3, 0])
+    def interrupted(bars):
+        if bars.volume[-1] == 4.25:
+            signal.raise_signal(signal.SIGINT)
+        return bars.close[-1] / bars.close[0]
+    stream, other = (FeatureManager(custom=[interrupted]).stream().warm_up(sandbox.iloc[:60]) for _ in range(2))
+    with pytest.raises(KeyboardInterrupt):
+        stream.step(7.0, 7.0, 7.0, 7.0, 4.25)
+    for t in range(60, 66):
+        assert stream.step(*sandbox.iloc[t]).tobytes() == other.step(*sandbox.iloc[t]).tobytes()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(["bars", "flat", "close", "gain", "atr", "squares", "closes", "volumes", "custom_bars", "fingerprint"]),
+       st.one_of(st.none(), st.booleans(), st.text(max_size=3), st.floats(), st.integers(-10**40, 10**40),
+                 st.lists(st.floats(), max_size=21)))
+def test_a_saved_stream_that_was_tampered_with_is_refused_or_harmless(key, value):
+    close = np.linspace(100, 101, 80)
+    table = pd.DataFrame({"open": close, "high": close, "low": close, "close": close, "volume": 1.0},
+                         index=pd.date_range("2024-01-01", periods=80, freq="4h", tz="UTC"))
+    saved = json.loads(FeatureManager(custom=[slope]).stream().warm_up(table).to_json())
+    try:
+        stream = FeatureStream.from_json(json.dumps(saved | {key: value}), FeatureManager(custom=[slope]))
+    except FeatureError:
+        return
+    assert np.isfinite(stream.step(101, 102, 100, 101, 1)).all()
+
+
+@pytest.mark.parametrize("column, kind", [("close", str), ("volume", bool), ("close", complex),
+                                          ("close", "datetime64[ns]"), ("close", "string")])
+def test_a_column_that_does_not_hold_numbers_is_refused_though_it_could_be_cast(sandbox, column, kind):
+    candles = sandbox.iloc[:60].round()
+    with pytest.raises(core.ColumnTypeError, match=f"column {column} has dtype"):
+        FeatureManager().generate_features(candles.assign(**{column: candles[column].astype(kind)}))
+
+
+@pytest.mark.parametrize("kind", ["float32", "int64", "Int64", "Float64", "object", "double[pyarrow]"])
+def test_columns_of_any_kind_of_number_are_taken(sandbox, kind):
+    candles = sandbox.iloc[:60].round()
+    wanted = FeatureManager().generate_features(candles.astype("float32") if kind == "float32" else candles)
+    np.testing.assert_array_equal(FeatureManager().generate_features(candles.astype(kind)), wanted)
+
+
+@pytest.mark.parametrize("calendar", ["continuous", "sessions"])
+def test_a_missing_time_is_refused_also_when_loops_are_compiled(sandbox, calendar):
+    indicators.compiled()
+    bad = sandbox.iloc[:1].set_axis(pd.DatetimeIndex([pd.NaT], tz="UTC"))
+    for candles in (bad, {"A": sandbox.iloc[:60], "B": bad}):
+        with pytest.raises(core.TimestampError, match="NaT"):
+            FeatureManager(calendar).generate_features(candles)
+
+
+@pytest.mark.parametrize("fails", ["always", "with its cache"])
+def test_numba_that_does_not_work_is_done_without(sandbox, fails, monkeypatch):
+    whole, compile_kernel = FeatureManager().generate_features(sandbox), indicators.compile_kernel
+
+    def broken(cached):
+        if cached or fails == "always":
+            raise OSError(28, "No space left on device")
+        return compile_kernel(False)
+    fresh = functools.cache(indicators.compiled.__wrapped__)
+    monkeypatch.setattr(indicators, "compile_kernel", broken)
+    monkeypatch.setattr(indicators, "COMPILE_FROM", 1)
+    for module in (indicators, candles_module, feature_manager):
+        monkeypatch.setattr(module, "compiled", fresh)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        made = FeatureManager().generate_features(sandbox)
+    assert made.to_numpy().tobytes() == whole.to_numpy().tobytes()
+    assert ("No space left" in str([w.message for w in told])) == (fails == "always")
 
 
 def test_the_fingerprint_knows_every_part_of_a_custom_feature():
@@ -363,17 +476,27 @@ def exact_windows(close: np.ndarray) -> np.ndarray:
         return np.where(np.ptp(windows, axis=1) > 0, (windows[:, -1] - mean) / deviation, 0).astype(np.float64)
 
 
-@pytest.mark.parametrize("jump", [0.0, 0.2, 5.0])
-@pytest.mark.parametrize("quiet", [1e-2, 1e-4])
+@pytest.mark.parametrize("jump", [0.0, 0.2, 7.0])
+@pytest.mark.parametrize("quiet", [1e-2, 1e-4, 1e-5])
 def test_carried_sums_stay_exact_over_a_long_history_with_jumps(jump, quiet):
     rng = np.random.default_rng(4)
     moves = rng.normal(0, quiet, 20_000)
     moves[::997] += jump * rng.choice([-1, 1], len(moves[::997]))
     close = 5e6 * np.exp(np.cumsum(moves - moves.mean()))
-    got = compute(close, close, close, np.ones(len(close)))[19:, 11]
-    # The stated law: rounding, times the square of (largest move of the last 120 bars / deviation).
-    law = 16 * np.finfo(float).eps * (np.expm1(jump) / quiet) ** 2
-    np.testing.assert_allclose(got, exact_windows(close), rtol=0, atol=1e-9 + law)
+    volume = rng.lognormal(0, 1, len(close))
+    volume[::1499] *= 1e9
+    got = compute(close, close, close, volume)[19:]
+    # A window that holds the jump itself has a large deviation, and the others are taken afresh: no law is needed.
+    np.testing.assert_allclose(got[:, 11], exact_windows(close), rtol=0, atol=2e-9 + 1e-15 / quiet)
+    windows = np.lib.stride_tricks.sliding_window_view(volume.astype(np.longdouble), 20)
+    np.testing.assert_allclose(got[:, 10], (windows[:, -1] / windows.mean(axis=1)).astype(float), rtol=1e-9)
+
+
+@pytest.mark.parametrize("unit", [1.0, 2.5e-12, 1e60])
+def test_a_quiet_market_is_the_same_in_any_unit(unit):
+    close = 100 * np.exp(np.cumsum(np.random.default_rng(5).normal(0, 2e-5, 400)))
+    view = lambda close: scale_free(compute(close * 1.00001, close * 0.99998, close, np.ones(400)))[WARMUP:]
+    np.testing.assert_allclose(view(close * unit), view(close), rtol=1e-9, atol=1e-9)
 
 
 def test_a_window_that_stands_still_is_0_also_after_a_jump():
