@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Their outputs are reports of a moment, kept elsewhere; the pages are stored without.
 PAPERMILL_PAGES := nbs/weekly_retrain.ipynb nbs/monitor.ipynb nbs/benchmarks.ipynb
 # They show a long run that was done once; each page says how to repeat it.
-RECORDED_PAGES := nbs/ablation.ipynb
+RECORDED_PAGES := nbs/ablation.ipynb nbs/tune.ipynb nbs/gate_characteristics.ipynb
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
@@ -44,9 +44,13 @@ notebooks: .venv/.installed ## Re-execute every notebook in place, then clean
 	$(BIN)/jupyter nbconvert --clear-output --inplace --log-level=WARN $(PAPERMILL_PAGES)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_clean
 
-bench: .venv/.installed ## Speed and memory
-	@$(BIN)/papermill nbs/benchmarks.ipynb - -p bars 1000000 -p repeats 15 -p rows 3000 -p markets_count 1000 --no-progress-bar 2>/dev/null \
-	  | $(BIN)/python -c 'import json, sys; [print("".join(o["text"]), end="") for c in json.load(sys.stdin)["cells"] for o in c.get("outputs", []) if o.get("name") == "stdout"]'
+PRINTED := $(BIN)/python -c 'import json, sys; [print("".join(o["text"]), end="") for c in json.load(sys.stdin)["cells"] for o in c.get("outputs", []) if o.get("name") == "stdout"]'
+
+bench: .venv/.installed ## Speed and memory beside peers; error rates of the gate on a few markets
+	@$(BIN)/papermill nbs/benchmarks.ipynb - -p bars 1000000 -p repeats 15 -p rows 3000 -p markets_count 1000 \
+	  -p walk_bars 17000 --no-progress-bar 2>/dev/null | $(PRINTED)
+	@$(BIN)/papermill nbs/gate_characteristics.ipynb - -p noise 10 -p planted 10 -p between 0 -p trees 0 -p workers 2 \
+	  --no-progress-bar 2>/dev/null | $(PRINTED)
 
 lock: .venv/.installed ## Resolve requirements.lock anew from pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes --no-header \

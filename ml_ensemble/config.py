@@ -126,6 +126,7 @@ class Trading(Section):
     """What a change of position costs, as shares of the price."""
     fee: Annotated[float, Field(ge=0, lt=0.1)]
     slippage: Annotated[float, Field(ge=0, lt=0.1)]
+    trials: Count
 
 class Training(Section):
     """How training runs."""

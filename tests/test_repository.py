@@ -88,7 +88,8 @@ def test_a_notebook_begins_with_title_and_promise_and_is_clean(path):
             assert output.output_type != "error"
 
 
-@pytest.mark.parametrize("path", [path for path in PAGES if path.stem in ("weekly_retrain", "monitor", "benchmarks", "ablation")],
+@pytest.mark.parametrize("path", [path for path in PAGES if path.stem in ("weekly_retrain", "monitor", "benchmarks", "ablation", "tune",
+                                                                     "gate_characteristics")],
                          ids=lambda path: path.stem)
 def test_a_papermill_page_has_exactly_one_parameters_cell_and_every_parameter_is_typed_and_told(path):
     import papermill
