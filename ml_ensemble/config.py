@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Count', 'Share', 'Positive', 'NonNegative', 'Limit', 'FILES', 'NOT_SETTINGS', 'Section', 'Data', 'Features', 'Labels',
            'Validation', 'LightGBM', 'XGBoost', 'RandomForest', 'Learners', 'Weights', 'Ensemble', 'Trading',
-           'Training', 'Evaluation', 'Gate', 'Production', 'Settings', 'config_files', 'leaf_paths', 'core_tree',
-           'read_yaml', 'expand_override', 'nested', 'check_environment', 'explain', 'load_settings', 'feature_manager']
+           'Training', 'Audit', 'Evaluation', 'Gate', 'Production', 'Settings', 'config_files', 'leaf_paths',
+           'core_tree', 'read_yaml', 'expand_override', 'nested', 'check_environment', 'explain', 'load_settings',
+           'feature_manager']
 
 # %% ../nbs/10_config.ipynb #9382d4ca
 import os
@@ -132,6 +133,10 @@ class Training(Section):
     """How training runs."""
     threads: Count
 
+class Audit(Section):
+    """How hard the leakage audit looks."""
+    cuts: Count
+
 class Evaluation(Section):
     """How figures get their intervals."""
     replications: Annotated[int, Field(ge=100)]
@@ -170,6 +175,7 @@ class Settings(BaseSettings):
     ensemble: Ensemble
     trading: Trading
     training: Training
+    audit: Audit
     evaluation: Evaluation
     gate: Gate
     production: Production

@@ -457,6 +457,7 @@ def png_of(figure) -> bytes:
     figure.savefig(picture, format="png")
     return picture.getvalue()
 
+# %% ../nbs/04_feature_manager.ipynb #fca781be
 def draw_candles(ax, candles) -> None:
     "Candles at 0, 1, 2, ...: hollow when the price rose, filled when it fell."
     x, (o, h, l, c) = np.arange(len(candles)), (candles[name].to_numpy() for name in OHLCV[:4])

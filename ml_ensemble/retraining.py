@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'NOTEBOOK', 'PAGE', 'get_market', 'from_root', 'get_training_set', 'label_balance', 'new_learners',
            'run_walk_forward', 'mixing_of', 'mix_learners', 'evaluate_mixed', 'evaluate_blend', 'learner_evaluations',
-           'learner_table', 'run_backtest', 'mixing_table', 'importance', 'Candidate', 'staging', 'fit_candidate',
-           'load_champion', 'reach_verdict', 'git_state', 'package_versions', 'describe_data', 'provenance', 'stage',
-           'check_parameters', 'execute', 'render', 'Outcome', 'finish', 'install_training', 'retrain', 'run_notebook',
-           'run_overrides', 'new_run', 'report_failure', 'refusal_alert']
+           'learner_table', 'run_backtest', 'mixing_table', 'importance', 'run_audit', 'Candidate', 'staging',
+           'fit_candidate', 'load_champion', 'reach_verdict', 'git_state', 'package_versions', 'describe_data',
+           'provenance', 'stage', 'check_parameters', 'execute', 'render', 'Outcome', 'finish', 'install_training',
+           'retrain', 'run_notebook', 'run_overrides', 'new_run', 'report_failure', 'refusal_alert']
 
 # %% ../nbs/23_retraining.ipynb #cd0d80eb
 import json
@@ -35,6 +35,7 @@ from .ensemble import ProductionEnsemble
 from .evaluation import Evaluation, evaluate, paired_skill_difference, permutation_importance
 from .feature_manager import FeatureManager, check_order_file, view_names
 from .labels import make_labels
+from .leakage_audit import Audit, audit, project_pipeline
 from .market_data import Market, load_candles
 from .monitoring import send_alert
 from .quality_gate import Verdict, compare_with_champion, judge
@@ -151,6 +152,11 @@ def importance(settings: Settings, data: TrainingSet, walk: WalkForward, mixed: 
     return permutation_importance(predict, data.view[rows], walk.y[newest], walk.prior[newest], walk.classes,
                                   view_names(data.manager), seed=settings.seed)
 
+# %% ../nbs/23_retraining.ipynb #1cf6a5db
+def run_audit(settings: Settings, market: Market, progress: Callable[[str], None] = print) -> Audit:
+    "Probe the configured pipeline on these candles for leaks."
+    return audit(market.candles, project_pipeline(settings), settings.audit.cuts, settings.seed, progress)
+
 # %% ../nbs/23_retraining.ipynb #f992dfbd
 @dataclass(frozen=True)
 class Candidate:
@@ -188,13 +194,14 @@ def load_champion(store: ModelStore, manager: FeatureManager) -> ProductionEnsem
         return None
 
 def reach_verdict(settings: Settings, data: TrainingSet, mixed: Mixed, evaluation: Evaluation,
-                  candidate: Candidate, store: ModelStore) -> Verdict:
+                  candidate: Candidate, store: ModelStore, leakage: Audit) -> Verdict:
     "Hold the candidate against every criterion of the gate."
     comparison = compare_with_champion(
         mixed.oos, data.features, load_champion(store, data.manager),
         settings.labels.model_dump(), settings.data.source, settings.gate, settings.seed,
         settings.evaluation.replications)
-    return judge(evaluation, len(data), settings.gate, comparison, candidate.artefact)
+    problems = [f"{finding.check}: {finding.culprit}" for finding in leakage.problems]
+    return judge(evaluation, len(data), settings.gate, comparison, candidate.artefact, problems)
 
 # %% ../nbs/23_retraining.ipynb #14693be3
 PACKAGES = ("numpy", "pandas", "scikit-learn", "lightgbm", "xgboost", "onnx", "onnxruntime", "ml_ensemble")
@@ -229,7 +236,7 @@ def provenance(settings: Settings, market: Market, data: TrainingSet, now: datet
             "configuration": settings.model_dump(), "git": git_state(project_root()), "packages": package_versions()}
 
 def stage(settings: Settings, market: Market, data: TrainingSet, evaluation: Evaluation, singles: dict[str, Evaluation],
-          candidate: Candidate, verdict: Verdict, store: ModelStore, run_id: str) -> Path:
+          candidate: Candidate, verdict: Verdict, leakage: Audit, store: ModelStore, run_id: str) -> Path:
     "Lay the candidate's metadata and the training pickles aside; nothing outside the staging folder changes."
     folder, common = staging(store, run_id), provenance(settings, market, data, store.clock())
     files = {}
@@ -241,7 +248,7 @@ def stage(settings: Settings, market: Market, data: TrainingSet, evaluation: Eva
     basis = "walk-forward, out of sample; the version is refitted on all rows"
     model = {key: info[key] for key in ("features", "fingerprint", "weights", "classes", "decision_threshold")}
     production = {**common, **model, "metrics": {"basis": basis, **evaluation.to_dict()}, "gate": gate,
-                  "artefact": candidate.artefact}
+                  "leakage_audit": leakage.to_dict(), "artefact": candidate.artefact}
     training = {**common, "gate": gate, "metrics_basis": basis, "learners": files}
     write_atomic(folder / "training.json", readable_json(training))
     return write_atomic(folder / "candidate.json", readable_json(production))

@@ -16,7 +16,7 @@ settings.load_profile("repeatable")
 # A retrain small enough for a test: every part runs, with fewer bars, trees and replications.
 QUICK = ("days=700", "lightgbm.n_estimators=40", "xgboost.n_estimators=40", "random_forest.n_estimators=40",
          "learning_rate=0.1", "n_splits=3",
-         "replications=200", "min_samples=4000")
+         "replications=200", "min_samples=4000", "audit.cuts=20")
 
 
 def daily(frame: pd.DataFrame) -> pd.DataFrame:

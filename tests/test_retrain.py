@@ -149,8 +149,8 @@ def test_the_report_shows_every_step_and_stands_alone(twice):
     notebook = nbformat.read(first.report, 4)
     html = first.report.with_suffix(".html").read_text()
     titles = re.findall(r"^## (.+)$", "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown"), re.M)
-    assert titles == ["Settings", "Candles", "Features", "Labels", "Walk-forward", "Out-of-sample figures", "Candidate",
-                      "Verdict"]
+    assert titles == ["Settings", "Candles", "Features", "Labels", "Walk-forward", "Out-of-sample figures",
+                      "Leakage audit", "Candidate", "Verdict"]
     assert "The gate passes this candidate" in html and html.count("data:image/png;base64") >= 6
     assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=[\"']?(https?:)?//", html)
     assert not re.search(r"(import|from) [\"']https?:", html)
