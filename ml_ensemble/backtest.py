@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.dates import ConciseDateFormatter
 from matplotlib.figure import Figure
 from scipy.stats import kurtosis, norm, skew
 
@@ -34,7 +35,7 @@ def net_returns(position: np.ndarray, returns: np.ndarray, cost: float) -> np.nd
 class Performance:
     """What a series of returns amounts to; ratios and shares, per year where it says so."""
     net_return: float
-    yearly_return: float
+    yearly_return: float | None   # None for less than half a year: nothing to extrapolate from
     sharpe: float
     deflated_sharpe: float
     drawdown: float
@@ -62,7 +63,7 @@ def performance(returns: np.ndarray, position: np.ndarray, per_year: float, tria
     wealth = np.cumprod(1 + returns)
     spread = returns.std(ddof=1)
     return Performance(
-        net_return=float(wealth[-1] - 1), yearly_return=float(wealth[-1] ** (per_year / len(returns)) - 1),
+        net_return=float(wealth[-1] - 1), yearly_return=float(wealth[-1] ** (per_year / len(returns)) - 1) if len(returns) > per_year / 2 else None,
         sharpe=float(returns.mean() / spread * np.sqrt(per_year)) if spread > 0 else 0.0,
         deflated_sharpe=deflated_sharpe(returns, trials),
         drawdown=float((1 - wealth / np.maximum.accumulate(np.append(1.0, wealth))[1:]).max()),
@@ -90,9 +91,8 @@ class Backtest:
                 f"{self.trials} recipes tried\n\n| figure | model | buy and hold |\n|---|--:|--:|\n")
         shown = {"net return": ".1%", "yearly return": ".1%", "sharpe": ".2f", "deflated sharpe": ".3f",
                  "drawdown": ".1%", "turnover": ".0f", "exposure": ".1%"}
-        return head + "\n".join(
-            f"| {name} | {getattr(self.model, name.replace(' ', '_')):{form}} "
-            f"| {getattr(self.hold, name.replace(' ', '_')):{form}} |" for name, form in shown.items())
+        tell = lambda of, name: "–" if (v := getattr(of, name.replace(" ", "_"))) is None else f"{v:{shown[name]}}"
+        return head + "\n".join(f"| {name} | {tell(self.model, name)} | {tell(self.hold, name)} |" for name in shown)
 
 # %% ../nbs/20_backtest.ipynb #6ae91139
 def backtest(
@@ -119,13 +119,13 @@ def backtest(
 
 # %% ../nbs/20_backtest.ipynb #2f1af4de
 def plot_equity(result: Backtest, ax: Axes | None = None) -> Axes:
-    "Wealth over time of the model after costs and of buying and holding, from 1, on a logarithmic scale."
+    "Wealth over time of the model after costs and of buying and holding, from 1."
     if ax is None:
         ax = Figure(figsize=(9, 3.6), dpi=110, layout="constrained").subplots()
     for returns, name, colour, width in ((result.hold_returns, "buy and hold", "#8b929a", 1.0),
                                          (result.model_returns, "model, after costs", "#2a6f97", 1.6)):
         ax.plot(result.time, np.cumprod(1 + returns), color=colour, linewidth=width, label=name)
-    ax.set_yscale("log")
+    ax.xaxis.set_major_formatter(ConciseDateFormatter(ax.xaxis.get_major_locator()))
     ax.set_title("Equity", loc="left", fontsize=11)
     ax.set_ylabel("wealth, from 1")
     ax.legend(frameon=False, fontsize=9)

@@ -30,7 +30,7 @@ def taken(proba: dict[str, np.ndarray], positions: np.ndarray) -> np.ndarray:
 def learn_weights(
     hit: np.ndarray,       # (N, L) probability of what came true
     fixed: np.ndarray,     # (L,) the weights to be held back towards
-    shrinkage: float,      # rows that the fixed weights count as
+    shrinkage: float,      # pull towards them, in nats for a squared distance of 1
 ) -> np.ndarray:           # (L,) not negative, sum 1
     "The weights of least log loss, shrunk towards the fixed ones."
     def loss(weights):
@@ -92,7 +92,7 @@ class Mixing:
     """How to mix: the choices of the configuration."""
     weights: dict[str, float]              # the fixed ones, of learners in their order
     weighting: str = "fixed"               # fixed, learned, greedy
-    shrinkage: float = 300.0               # of learned weights, in rows
+    shrinkage: float = 10.0                # pull of the fixed weights on learned ones
     calibration: str = "none"              # none, platt, isotonic
     threshold: float = 0.5                 # the fixed one
     objective: str = "fixed"               # fixed, f1, profit
