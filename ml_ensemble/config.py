@@ -92,6 +92,7 @@ class RandomForest(Section):
     max_depth: Annotated[int, Field(ge=1, le=32)]
     min_samples_leaf: Count
     max_features: Share
+    max_samples: Share
 
 # %% ../nbs/10_config.ipynb #b4238d33
 class Learners(Section):
@@ -119,7 +120,8 @@ class Ensemble(Section):
     weights: Weights
     weighting: Literal["fixed", "learned", "greedy"]
     shrinkage: NonNegative
-    calibration: Literal["none", "platt", "isotonic"]
+    calibration: Literal["auto", "none", "platt", "isotonic"]
+    calibration_shrinkage: NonNegative
     decision_threshold: Annotated[float, Field(gt=0, lt=1)]
     objective: Literal["fixed", "f1", "profit"]
 
@@ -132,6 +134,10 @@ class Trading(Section):
 class Training(Section):
     """How training runs."""
     threads: Count
+    class_weight: Literal["none", "balanced"]
+    overlap_weight: bool
+    early_stopping: Annotated[int, Field(ge=0)]
+    held_out: Annotated[float, Field(gt=0, le=0.5)]
 
 class Audit(Section):
     """How hard the leakage audit looks."""
@@ -179,6 +185,13 @@ class Settings(BaseSettings):
     evaluation: Evaluation
     gate: Gate
     production: Production
+
+    @model_validator(mode="after")
+    def _balanced_is_calibrated(self):
+        if self.training.class_weight == "balanced" and (self.labels.classes == 3 or self.ensemble.calibration == "none"):
+            raise ValueError("training.class_weight is balanced, which moves the probabilities away from the shares of "
+                             "the classes; it needs labels.classes=2 and a calibration that brings them back")
+        return self
 
     @classmethod
     def settings_customise_sources(cls, settings_cls, init_settings, env_settings, dotenv_settings,

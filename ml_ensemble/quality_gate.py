@@ -31,14 +31,16 @@ class Criterion:
     remedy: str
     note: str = ""
     applicable: bool = True
+    bars_needed: int | None = None   # labelled bars that would suffice, if it is for want of them that it is not met
 
     @property
     def status(self) -> str:
-        "pass, fail, or not applicable; a figure that does not exist fails."
+        "pass, fail, not enough evidence, or not applicable; a figure that does not exist fails."
         if not self.applicable:
             return "not applicable"
-        met = self.value is not None and RELATIONS[self.relation](self.value, self.limit)
-        return "pass" if met else "fail"
+        if self.value is not None and RELATIONS[self.relation](self.value, self.limit):
+            return "pass"
+        return "not enough evidence" if self.bars_needed else "fail"
 
     def reason(self) -> str:
         "One sentence for an alert."
@@ -46,7 +48,7 @@ class Criterion:
         return f"{self.name} is {value}, wanted {self.relation} {self.limit:g}"
 
 # %% ../nbs/17_quality_gate.ipynb #ea1fb720
-MARKS = {"pass": "✓ pass", "fail": "✗ FAIL", "not applicable": "– not applicable"}
+MARKS = {"pass": "✓ pass", "fail": "✗ FAIL", "not enough evidence": "✗ too little data", "not applicable": "– not applicable"}
 
 # %% ../nbs/17_quality_gate.ipynb #e6fb3e02
 @dataclass(frozen=True)
@@ -61,29 +63,44 @@ class Verdict:
 
     @property
     def failures(self) -> list[Criterion]:
-        "The criteria that fail."
-        return [criterion for criterion in self.criteria if criterion.status == "fail"]
+        "The criteria that are not met."
+        return [c for c in self.criteria if c.status not in ("pass", "not applicable")]
+
+    @property
+    def outcome(self) -> str:
+        "passed, refused, or not enough evidence when nothing but data is missing."
+        lacking = {c.status for c in self.failures} == {"not enough evidence"}
+        return "passed" if self.passed else "not enough evidence" if lacking else "refused"
+
+    @property
+    def bars_needed(self) -> int | None:
+        "Labelled bars that would suffice for every criterion that lacks them; None when more bars are not the remedy."
+        return max(c.bars_needed for c in self.failures) if self.outcome == "not enough evidence" else None
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
         "Criterion, value, limit, status, remedy or note, as text."
         return [(c.name, "–" if c.value is None else f"{c.value:.4g}", f"{c.relation} {c.limit:g}", MARKS[c.status],
-                 c.remedy if c.status == "fail" else c.note) for c in self.criteria]
+                 c.remedy if c in self.failures else c.note) for c in self.criteria]
 
     def to_dict(self) -> dict:
         "JSON-safe."
-        return {"passed": self.passed, "criteria": [{**asdict(c), "status": c.status} for c in self.criteria]}
+        return {"passed": self.passed, "outcome": self.outcome, "bars_needed": self.bars_needed,
+                "criteria": [{**asdict(c), "status": c.status} for c in self.criteria]}
 
     @classmethod
     def from_dict(cls, stored: dict) -> "Verdict":
         "The verdict that `to_dict` stored."
         names = Criterion.__dataclass_fields__
-        return cls(tuple(Criterion(**{name: row[name] for name in names}) for row in stored["criteria"]))
+        return cls(tuple(Criterion(**{name: row[name] for name in names if name in row}) for row in stored["criteria"]))
 
     def __str__(self) -> str:
-        return "passed" if self.passed else "refused: " + "; ".join(c.reason() for c in self.failures)
+        return "passed" if self.passed else f"{self.outcome}: " + "; ".join(c.reason() for c in self.failures)
 
     def _repr_markdown_(self) -> str:
-        head = f"**The gate {'passes' if self.passed else 'REFUSES'} this candidate.**\n\n"
+        says = {"passed": "The gate passes this candidate.", "refused": "The gate REFUSES this candidate.",
+                "not enough evidence": "NOT ENOUGH EVIDENCE to let this candidate trade: about "
+                                       f"{self.bars_needed or 0:,} labelled bars would suffice."}[self.outcome]
+        head = f"**{says}**\n\n"
         table = "| criterion | value | limit | verdict | |\n|---|--:|--:|---|---|\n"
         return head + table + "\n".join(f"| {' | '.join(row)} |" for row in self.rows())
 
@@ -143,29 +160,29 @@ def leakage_criterion(problems: Sequence[str]) -> Criterion:
                      f"{'; '.join(problems)}. See the remedies in the audit.", note="clean")
 
 # %% ../nbs/17_quality_gate.ipynb #3fa65d5c
-def enough_for(skill: float | None, low: float | None, rows: int) -> str:
-    "The remedy when the lower end of the skill's interval is not above 0."
+def enough_for(skill: float | None, low: float | None, samples: int) -> int | None:
+    "Labelled bars at which the interval of such a skill would end above 0; None when the skill is not above 0."
     if skill is None or low is None or skill <= 0:
-        return "Other features, or no model at all: the base rate is as good."
-    wanted = int(np.ceil(rows * ((skill - low) / skill) ** 2 / 100) * 100)
-    return (f"Not enough evidence: a skill of {skill:.3f} would need about {wanted:,} bars out of sample, "
-            f"there are {rows:,} (--days).")
+        return None
+    return int(np.ceil(samples * ((skill - low) / skill) ** 2 / 100) * 100)
 
 # %% ../nbs/17_quality_gate.ipynb #6114f7d6
 def skill_criteria(evaluation: Evaluation, samples: int, limits: Gate) -> list[Criterion]:
     "What the model must know."
     figures, low = evaluation.metrics, evaluation.intervals["skill"][0]
-    more = enough_for(figures["skill"], low, figures["samples"])
-    lacking = max(0, limits.min_samples - samples)
+    enough = enough_for(figures["skill"], low, samples) if low is not None and low <= 0 else None
+    more = (f"A skill of {figures['skill']:.3f} would need about {enough:,} labelled bars (--days)." if enough else
+            "Other features, or no model at all: the base rate is as good.")
     return [
         Criterion("samples", samples, ">=", limits.min_samples,
-                  f"Not enough evidence: {lacking:,} more labelled bars would suffice (--days)."),
+                  f"{max(0, limits.min_samples - samples):,} more labelled bars would suffice (--days).",
+                  bars_needed=limits.min_samples),
         Criterion("weighted F1", figures["weighted_f1"], ">=", limits.min_weighted_f1,
                   "Another threshold or horizon for the labels may be easier to predict."),
         Criterion("weighted F1 minus majority", figures["weighted_f1_minus_majority"], ">", limits.min_f1_over_majority,
                   "It decides no better than always saying the most common class."),
         Criterion("skill, lower end of 95 %", low, ">", limits.min_skill_lower, more,
-                  note=f"skill {figures['skill']:.3f}" if figures["skill"] is not None else ""),
+                  note=f"skill {figures['skill']:.3f}" if figures["skill"] is not None else "", bars_needed=enough),
         Criterion("calibration error", figures["calibration_error"], "<=", limits.max_calibration_error,
                   "Its probabilities do not mean what they say: calibrate, or train on more recent bars."),
     ]

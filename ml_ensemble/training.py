@@ -21,7 +21,7 @@ import onnx
 import pandas as pd
 from onnx import TensorProto, helper
 
-from .base_learners import encode, fit_learner, predict_learner
+from .base_learners import Fitting, encode, fit_learner, predict_learner
 from .core import IntegrityError
 from .ensemble import FORMAT, ProductionEnsemble, calibrate, metadata_beside, restore_ensemble
 from .feature_manager import FeatureManager, scale_free, view_names
@@ -41,6 +41,10 @@ class TrainingSet:
 
     def __len__(self) -> int:
         return len(self.y)
+
+    def span(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        "When the labels of some rows begin and end, in nanoseconds since 1970."
+        return nanoseconds(self.features.index[rows]), nanoseconds(self.end_time[rows])
 
 def make_training_set(manager: FeatureManager, candles: pd.DataFrame, labels: pd.DataFrame,
                       classes: int) -> TrainingSet:
@@ -67,6 +71,7 @@ class WalkForward:
     newest: dict                        # the learners of the newest fold, fitted on its training part
     end_time: pd.DatetimeIndex          # (N,) when each label was settled
     returns: np.ndarray                 # (N,) return of the next bar
+    share: np.ndarray                   # (K,) of each class among all rows, those never tested included
 
 def settled_before(time: pd.DatetimeIndex, y: np.ndarray, end_time: pd.DatetimeIndex) -> np.ndarray:
     "For each bar, the label of the newest bar whose label was settled by its close (0 when there is none)."
@@ -82,6 +87,7 @@ def walk_forward(
     splitter,                            # yields (train, test) row numbers
     learners: Callable[[], dict],        # makes fresh, unfitted learners
     progress: Callable[[str], None] = lambda text: None,
+    fitting: Fitting = Fitting(),
 ) -> WalkForward:
     "Fit on each training part, predict each test part."
     parts, folds, time = [], [], data.features.index
@@ -90,7 +96,7 @@ def walk_forward(
         proba, fitted = {}, learners()
         for name, learner in fitted.items():
             progress(f"fold {number}: {name} on {len(train):,} bars")
-            fit_learner(learner, data.view[train], positions)
+            fit_learner(learner, data.view[train], positions, data.span(train), fitting)
             proba[name] = predict_learner(learner, data.view[test])
         prior = np.bincount(positions, minlength=len(data.classes)) / len(positions)
         parts.append((test, proba, prior, number))
@@ -105,6 +111,7 @@ def join_parts(data: TrainingSet, parts: list, folds: list, newest: dict) -> Wal
     return WalkForward(
         time=data.features.index[rows], y=data.y[rows], previous=previous[rows], folds=folds,
         classes=data.classes, newest=newest, end_time=data.end_time[rows], returns=data.returns[rows],
+        share=np.bincount(encode(data.y, data.classes), minlength=len(data.classes)) / len(data),
         proba={name: np.concatenate([proba[name] for _, proba, *_ in parts]) for name in parts[0][1]},
         prior=np.concatenate([np.tile(prior, (len(test), 1)) for test, _, prior, _ in parts]),
         fold=np.concatenate([np.full(len(test), number) for test, *_, number in parts]))
@@ -250,12 +257,13 @@ def to_onnx(learners: dict, weights: dict[str, float], classes: int, features: i
     return model.SerializeToString()
 
 # %% ../nbs/15_training.ipynb #d3fd367e
-def fit_all(data: TrainingSet, learners: dict, progress: Callable[[str], None] = lambda text: None) -> dict:
+def fit_all(data: TrainingSet, learners: dict, progress: Callable[[str], None] = lambda text: None,
+            fitting: Fitting = Fitting()) -> dict:
     "Fit each learner on all rows."
     positions = encode(data.y, data.classes)
     for name, learner in learners.items():
         progress(f"refit: {name} on {len(data):,} bars")
-        fit_learner(learner, data.view, positions)
+        fit_learner(learner, data.view, positions, data.span(np.arange(len(data))), fitting)
     return learners
 
 PLAIN = {"kind": "none"}   # no calibration
