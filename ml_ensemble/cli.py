@@ -107,7 +107,7 @@ def log_to_stderr() -> None:
 def verdict_table(verdict, title: str) -> Table:
     "A verdict for a terminal."
     table = Table("criterion", "value", "limit", "verdict", "", title=title, title_justify="left", title_style="bold")
-    colours = {"pass": "green", "fail": "bold red", "not applicable": "dim"}
+    colours = {"pass": "green", "fail": "bold red", "not enough evidence": "bold yellow", "not applicable": "dim"}
     for criterion, row in zip(verdict.criteria, verdict.rows()):
         table.add_row(*row[:3], f"[{colours[criterion.status]}]{row[3]}[/]", escape(row[4]))
     return table
@@ -116,7 +116,7 @@ def show_outcome(outcome) -> None:
     "Version, verdict, report."
     out, figures = console(), outcome.metadata["metrics"]
     low, high = figures["intervals"]["skill"]
-    out.print(verdict_table(outcome.verdict, f"Gate: {'passed' if outcome.promoted else 'REFUSED'}"))
+    out.print(verdict_table(outcome.verdict, f"Gate: {outcome.verdict.outcome.upper()}"))
     if outcome.promoted:
         out.print(f"[bold green]Version {outcome.version} is in production.[/]")
     else:

@@ -156,6 +156,7 @@ class Gate(Section):
     min_skill_lower: Limit
     max_calibration_error: Share
     champion_margin: Annotated[float, Field(ge=0, le=1)]
+    champion_recipe_margin: Annotated[float, Field(ge=0, le=1)]
     champion_min_rows: Count
     max_parity_error: Positive
     max_size_mb: Positive

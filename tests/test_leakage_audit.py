@@ -13,6 +13,7 @@ from sklearn.feature_selection import SelectKBest
 from sklearn.model_selection import KFold, TimeSeriesSplit
 from sklearn.preprocessing import StandardScaler
 
+from ml_ensemble.blending import fit_mixture, mixing_of
 from ml_ensemble.config import load_settings
 from ml_ensemble.core import FeatureError, canonical_json
 from ml_ensemble.custom_features import CustomFeature, custom_feature
@@ -332,6 +333,47 @@ def test_a_fit_that_is_not_repeatable_is_not_called_a_leak():
     assert [(f.check, f.status) for f in found.problems] == [("fit window", "suspicious")]
 
 
+# Leaks in the mixing
+
+FAR = pipeline("horizon=5", "weighting=learned", "objective=profit")
+FAR_MIXING = mixing_of(load_settings(["horizon=5", "weighting=learned", "objective=profit"]))
+
+
+def mixed_with(past):
+    """A pipeline that mixes each fold by what `past(walk, fold)` chooses to fit on."""
+    def mixing(walk):
+        proba, decision = np.empty_like(walk.prior), np.empty(len(walk.y), int)
+        for fold in range(1, len(walk.folds) + 1):
+            here = walk.fold == fold
+            made = fit_mixture(FAR_MIXING, walk, past(walk, fold), walk.share)
+            proba[here] = made.proba({name: p[here] for name, p in walk.proba.items()})
+            decision[here] = proba[here, 1] >= made.threshold
+        return Answer(proba, decision)
+    return replace(QUICK, labels=FAR.labels, mix=mixing)
+
+
+MIXING_LEAKS = {
+    "weights and threshold of all folds": lambda walk, fold: np.ones(len(walk.y), bool),
+    "its own fold as well": lambda walk, fold: walk.fold <= fold,
+    "earlier folds, labels still open": lambda walk, fold: walk.fold < fold,
+    "the folds after it": lambda walk, fold: walk.fold != fold,
+}
+
+
+@pytest.mark.parametrize("kind", MIXING_LEAKS)
+def test_a_mixing_that_knows_what_comes_is_named(kind):
+    found = audit(CANDLES, mixed_with(MIXING_LEAKS[kind]), cuts=16)
+    assert {f.check for f in found.problems} == {"mixing"} and "probabilities" in culprits(found, "mixing")
+    assert all(f.status == "leak" and f.time and f.remedy for f in found.problems)
+
+
+def test_a_mixing_of_earlier_folds_with_settled_labels_is_honest():
+    settled = lambda walk, fold: (walk.fold < fold) & (walk.end_time <= walk.folds[fold - 1][2])
+    found = audit(CANDLES, mixed_with(settled), cuts=16)
+    assert found.clean, str(found)
+    assert [f.status for f in found.findings if f.check == "mixing"] == ["ok"]
+
+
 # Honest pipelines
 
 @custom_feature(window=[11, 0], unit="ratio")
@@ -347,6 +389,10 @@ HONEST = {
     "triple barrier": pipeline("method=triple_barrier", "horizon=6", "threshold=0.01"),
     "triple barrier, three classes": pipeline("method=triple_barrier", "horizon=6", "threshold=0.01", "classes=3"),
     "rolling with embargo": pipeline("window=rolling", "embargo=10"),
+    "mixed by everything there is": pipeline("horizon=3", "weighting=learned", "calibration=isotonic", "objective=f1"),
+    "greedy, for profit": pipeline("weighting=greedy", "objective=profit"),
+    "balanced, unique, stopped early": pipeline("horizon=3", "class_weight=balanced", "overlap_weight=true",
+                                                "early_stopping=5"),
     "custom feature": with_custom(range_12),
     "the day before": column("day", finished_day, 1),
     "scaler and threshold of the training part": replace(OWN, fit_predict=linear),

@@ -15,12 +15,16 @@ import pytest
 
 from conftest import QUICK
 from ml_ensemble import FeatureManager, ModelStore, ProductionEnsemble, retrain
+from ml_ensemble.config import load_settings
 from ml_ensemble.core import ConfigError, FeatureError, IntegrityError, RetrainError, sha256_hex
 from ml_ensemble.custom_features import load_custom
 from ml_ensemble.market_data import simulate_market
 from ml_ensemble.monitoring import diagnose
+from ml_ensemble.retraining import (compare_champion_recipe, get_market, get_training_set, mix_learners,
+                                    run_walk_forward)
 
 ROOT = Path(__file__).resolve().parent.parent
+silent = lambda text: None
 
 
 def run(store, *more, **options):
@@ -119,12 +123,62 @@ def test_the_metadata_answers_what_will_be_asked(twice):
     low, high = facts["metrics"]["intervals"]["skill"]
     assert low < facts["metrics"]["metrics"]["skill"] < high
     assert set(facts["metrics"]["baselines"]) == {"majority", "prior", "persistence"}
-    assert facts["gate"]["passed"] and all(c["status"] != "fail" for c in facts["gate"]["criteria"])
+    assert facts["gate"]["passed"] and facts["gate"]["outcome"] == "passed"
+    assert {c["status"] for c in facts["gate"]["criteria"]} <= {"pass", "not applicable"}
     training = json.loads((store.root / "training/training_metadata.json").read_text())
     for name, learner in training["learners"].items():
         data = (store.root / "training" / learner["file"]).read_bytes()
         assert (learner["sha256"], learner["size_bytes"]) == (sha256_hex(data), len(data))
         assert hasattr(pickle.loads(data), "predict_proba") and learner["metrics"]["intervals"]["skill"]
+
+
+def compared(store, *more):
+    """The comparison with the recipe of the version in production, as a retrain with these settings would make it."""
+    settings = load_settings((*QUICK, *more))
+    market = get_market(settings)
+    data = get_training_set(settings, market)
+    mixed = mix_learners(settings, run_walk_forward(settings, data, silent))
+    return compare_champion_recipe(settings, market, data, mixed, store, silent)
+
+
+def test_a_changed_recipe_is_held_against_the_champions_on_the_same_folds(twice, monkeypatch):
+    store, first, _ = twice
+    unchanged = compared(store)
+    assert unchanged.rows == 0 and unchanged.note == f"the recipe of champion {store.current()['version']}"
+    worse = compared(store, "lightgbm.n_estimators=1", "xgboost.n_estimators=1", "random_forest.max_depth=1")
+    assert worse.rows == first.metadata["metrics"]["metrics"]["samples"] and worse.high < 0
+    assert compared(store, "labels.threshold=0.004").note == "no champion for these labels and this market"
+    facts = json.loads(json.dumps(store.current()))
+    facts["configuration"]["learners"]["lightgbm"]["num_leaves"] = "many"
+    monkeypatch.setattr("ml_ensemble.retraining.present_or_damaged", lambda store: facts)
+    broken = compared(store)
+    assert broken.rows == 0 and "cannot be run today" in broken.note
+
+
+def test_early_stopping_and_weights_reach_the_learners_and_are_told(twice):
+    store, first, _ = twice
+    plain = {name: learner["parameters"]["n_estimators"] for name, learner in
+             json.loads((store.root / "training/training_metadata.json").read_text())["learners"].items()}
+    assert set(plain.values()) == {40}
+    settings = load_settings((*QUICK, "horizon=3", "labels.threshold=0.012", "learning_rate=0.3", "early_stopping=3", "class_weight=balanced",
+                              "overlap_weight=true"))
+    data = get_training_set(settings, get_market(settings))
+    walk = run_walk_forward(settings, data, silent)
+    assert {name: learner.n_estimators < 40 for name, learner in walk.newest.items()} == {
+        "lightgbm": True, "xgboost": True, "random_forest": False}
+    raw = np.mean([p[:, 1].mean() for p in walk.proba.values()])
+    mixed = mix_learners(settings, walk).oos.proba[:, 1].mean()
+    share = (walk.y == 1).mean()
+    assert raw - share > 0.1 and abs(mixed - share) < (raw - share) / 3            # balanced, and brought back
+    with pytest.raises(ConfigError, match="class_weight is balanced"):
+        load_settings(["class_weight=balanced", "calibration=none"])
+
+
+def test_too_little_data_is_a_verdict_of_its_own(twice, tmp_path, inbox):
+    outcome = run(ModelStore(tmp_path / "models"), "min_samples=5000")
+    assert not outcome.promoted and outcome.verdict.outcome == "not enough evidence"
+    assert outcome.to_dict()["gate"]["bars_needed"] == 5000 and outcome.version is None
+    assert "not enough evidence, about 5,000 bars" in inbox[0]["title"]
 
 
 def test_a_fresh_process_uses_it_as_the_readme_says(twice, sandbox, tmp_path):
