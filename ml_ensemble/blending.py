@@ -39,7 +39,7 @@ def learn_weights(
             -(hit / p[:, None]).sum(axis=0) + 2 * shrinkage * away) / len(hit)
     found = minimize(loss, fixed, jac=True, method="SLSQP", bounds=[(0, 1)] * len(fixed),
                      constraints={"type": "eq", "fun": lambda w: w.sum() - 1, "jac": np.ones_like},
-                     options={"ftol": 1e-14, "maxiter": 500})        # the loss is flat: a coarser step is no step at all
+                     options={"ftol": 1e-14, "maxiter": 500})        # the loss is flat: a coarser limit ends at once
     weights = np.clip(found.x, 0, 1)
     return weights / weights.sum()
 

@@ -189,7 +189,8 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _balanced_is_calibrated(self):
-        if self.training.class_weight == "balanced" and (self.labels.classes == 3 or self.ensemble.calibration == "none"):
+        calibrated = self.labels.classes == 2 and self.ensemble.calibration != "none"
+        if self.training.class_weight == "balanced" and not calibrated:
             raise ValueError("training.class_weight is balanced, which moves the probabilities away from the shares of "
                              "the classes; it needs labels.classes=2 and a calibration that brings them back")
         return self

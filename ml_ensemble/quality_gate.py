@@ -137,6 +137,10 @@ def compare_with_champion(
         return Comparison(len(new), note=f"{len(new)} bars are newer than champion {facts['version']}, "
                                          f"{limits.champion_min_rows} are needed")
     theirs = champion.predict_proba(features.loc[oos.time[new]])
+    answered = ~np.isnan(theirs[:, 0])          # where the champion abstains there is nothing to compare
+    new, theirs = new[answered], theirs[answered]
+    if len(new) < limits.champion_min_rows:
+        return Comparison(len(new), note=f"champion {facts['version']} abstains on most of the bars that are newer")
     difference = paired_skill_difference(oos.y[new], oos.proba[new], theirs, oos.prior[new], oos.classes,
                                          replications, seed=seed, horizon=labels["horizon"])
     return Comparison(len(new), *difference, note=f"against champion {facts['version']} on {len(new)} unseen bars")
@@ -197,7 +201,8 @@ def skill_criteria(evaluation: Evaluation, samples: int, limits: Gate) -> list[C
         Criterion("weighted F1", figures["weighted_f1"], ">=", limits.min_weighted_f1,
                   "Another threshold or horizon for the labels may be easier to predict."),
         Criterion("weighted F1 minus majority", figures["weighted_f1_minus_majority"], ">", limits.min_f1_over_majority,
-                  "It decides no better than always saying the most common class."),
+                  "It decides no better than always saying the most common class. If it has skill, the threshold is "
+                  "wrong: --set ensemble.objective=f1."),
         Criterion("skill, lower end of 95 %", low, ">", limits.min_skill_lower, more,
                   note=f"skill {figures['skill']:.3f}" if figures["skill"] is not None else "", bars_needed=enough),
         Criterion("calibration error", figures["calibration_error"], "<=", limits.max_calibration_error,
