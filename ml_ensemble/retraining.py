@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['RECIPE', 'PACKAGES', 'NOTEBOOK', 'PAGE', 'get_market', 'from_root', 'get_training_set', 'label_balance',
            'new_learners', 'fitting_of', 'run_walk_forward', 'mix_learners', 'evaluate_mixed', 'evaluate_blend',
-           'learner_evaluations', 'learner_table', 'run_backtest', 'mixing_table', 'importance', 'run_audit',
-           'Candidate', 'staging', 'fit_candidate', 'load_champion', 'champion_recipe', 'compare_champion_recipe',
-           'reach_verdict', 'git_state', 'package_versions', 'describe_data', 'provenance', 'fitted_parameters',
-           'stage', 'check_parameters', 'execute', 'render', 'Outcome', 'finish', 'install_training', 'retrain',
-           'run_notebook', 'run_overrides', 'new_run', 'report_failure', 'refusal_alert']
+           'learner_evaluations', 'learner_table', 'run_backtest', 'mixing_table', 'ensemble_gain', 'importance',
+           'run_audit', 'Candidate', 'staging', 'fit_candidate', 'load_champion', 'champion_recipe',
+           'compare_champion_recipe', 'reach_verdict', 'git_state', 'package_versions', 'describe_data', 'provenance',
+           'fitted_parameters', 'stage', 'check_parameters', 'execute', 'render', 'Outcome', 'finish',
+           'install_training', 'retrain', 'run_notebook', 'run_overrides', 'new_run', 'report_failure', 'refusal_alert']
 
 # %% ../nbs/23_retraining.ipynb #cd0d80eb
 import json
@@ -33,7 +33,7 @@ from .config import Settings, feature_manager, load_settings
 from .core import (ConfigError, MLEnsembleError, ModelNotFoundError, RetrainError, iso, project_root,
                               readable_json, sha256_hex, write_atomic)
 from .ensemble import ProductionEnsemble
-from .evaluation import Evaluation, evaluate, paired_skill_difference, permutation_importance
+from .evaluation import Evaluation, diebold_mariano, evaluate, paired_skill_difference, permutation_importance, row_log_loss
 from .feature_manager import FeatureManager, check_order_file, view_names
 from .labels import make_labels
 from .leakage_audit import Audit, audit, project_pipeline
@@ -141,6 +141,20 @@ def mixing_table(settings: Settings, walk: WalkForward) -> pd.DataFrame:
                      "calibration error": round(figures["calibration_error"], 4),
                      "weights for production": ", ".join(f"{w:.2f}" for w in mixed.final.weights.values())})
     return pd.DataFrame(rows).set_index(["weighting", "calibration"])
+
+# %% ../nbs/23_retraining.ipynb #ca994090
+def ensemble_gain(settings: Settings, walk: WalkForward, mixed: Mixed) -> pd.DataFrame:
+    "Skill of the ensemble beyond that of each learner alone, calibrated alike, with two tests of the difference."
+    rows, horizon = [], settings.labels.horizon
+    for name in walk.proba:
+        single = mix_learners(settings, walk, {other: float(other == name) for other in walk.proba}).oos.proba
+        difference, low, high = paired_skill_difference(walk.y, mixed.oos.proba, single, walk.prior, walk.classes,
+                                                        settings.evaluation.replications, seed=settings.seed, horizon=horizon)
+        losses = (row_log_loss(walk.y, proba, walk.classes) for proba in (mixed.oos.proba, single))
+        statistic, p = diebold_mariano(*losses, horizon)
+        rows.append({"ensemble against": name, "skill difference": f"{difference:+.4f}",
+                     "95 %": f"{low:+.4f} to {high:+.4f}", "Diebold-Mariano": round(statistic, 2), "p": round(p, 3)})
+    return pd.DataFrame(rows).set_index("ensemble against")
 
 # %% ../nbs/23_retraining.ipynb #a0e9facc
 def importance(settings: Settings, data: TrainingSet, walk: WalkForward, mixed: Mixed) -> pd.DataFrame:
