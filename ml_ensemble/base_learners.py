@@ -23,7 +23,7 @@ NAMES = ("lightgbm", "xgboost", "random_forest")
 def make_learners(
     parameters: dict[str, dict],  # name -> parameters, as under `learners` of the configuration
     seed: int,                    # of every learner
-    threads: int,                 # part of the recipe: the order of floating-point sums depends on it
+    threads: int = 1,             # of each; the order of floating-point sums depends on it, so figures do too
 ) -> dict[str, object]:           # name -> unfitted scikit-learn classifier
     "The three learners, unfitted."
     common = {"random_state": seed, "n_jobs": threads}

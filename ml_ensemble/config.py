@@ -133,7 +133,7 @@ class Trading(Section):
 
 class Training(Section):
     """How training runs."""
-    threads: Count
+    threads: Count | None
     class_weight: Literal["none", "balanced"]
     overlap_weight: bool
     early_stopping: Annotated[int, Field(ge=0)]

@@ -131,7 +131,7 @@ def project_pipeline(settings: Settings) -> Pipeline:
     def fit_predict(rows: Rows, train: np.ndarray, test: np.ndarray) -> np.ndarray:
         data = TrainingSet(manager, rows.X, rows.X.to_numpy(np.float32), rows.y, rows.end_time,
                            np.zeros(len(rows.y)), classes)
-        recipe = lambda: make_learners(settings.learners.model_dump(), settings.seed, threads=1)
+        recipe = lambda: make_learners(settings.learners.model_dump(), settings.seed)
         return blend(walk_forward(data, OneFold(train, test), recipe, fitting=fitting).proba, weights)
 
     def mixed(walk: WalkForward) -> Answer:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RECIPE', 'PACKAGES', 'NOTEBOOK', 'PAGE', 'get_market', 'from_root', 'get_training_set', 'label_balance',
-           'new_learners', 'fitting_of', 'run_walk_forward', 'mix_learners', 'evaluate_mixed', 'evaluate_blend',
-           'learner_evaluations', 'learner_table', 'run_backtest', 'mixing_table', 'ensemble_gain', 'importance',
-           'run_audit', 'Candidate', 'staging', 'fit_candidate', 'load_champion', 'champion_recipe',
+           'new_learners', 'workers', 'fitting_of', 'run_walk_forward', 'mix_learners', 'evaluate_mixed',
+           'evaluate_blend', 'learner_evaluations', 'learner_table', 'run_backtest', 'mixing_table', 'ensemble_gain',
+           'importance', 'run_audit', 'Candidate', 'staging', 'fit_candidate', 'load_champion', 'champion_recipe',
            'compare_champion_recipe', 'reach_verdict', 'git_state', 'package_versions', 'describe_data', 'provenance',
            'fitted_parameters', 'stage', 'check_parameters', 'execute', 'render', 'Outcome', 'finish',
            'install_training', 'retrain', 'run_notebook', 'run_overrides', 'new_run', 'report_failure', 'refusal_alert']
@@ -34,7 +34,7 @@ from .core import (ConfigError, MLEnsembleError, ModelNotFoundError, RetrainErro
                               readable_json, sha256_hex, write_atomic)
 from .ensemble import ProductionEnsemble
 from .evaluation import Evaluation, diebold_mariano, evaluate, paired_skill_difference, permutation_importance, row_log_loss
-from .feature_manager import FeatureManager, check_order_file, view_names
+from .feature_manager import FeatureManager, check_order_file, usable_cpus, view_names
 from .labels import make_labels
 from .leakage_audit import Audit, audit, project_pipeline
 from .market_data import Market, load_candles
@@ -76,7 +76,11 @@ def label_balance(data: TrainingSet) -> pd.DataFrame:
 # %% ../nbs/23_retraining.ipynb #74e106d2
 def new_learners(settings: Settings) -> dict:
     "The three learners of the configuration, unfitted."
-    return make_learners(settings.learners.model_dump(), settings.seed, settings.training.threads)
+    return make_learners(settings.learners.model_dump(), settings.seed)
+
+def workers(settings: Settings) -> int:
+    "Fits that run at once."
+    return settings.training.threads or usable_cpus()
 
 def fitting_of(settings: Settings) -> Fitting:
     "How learners are fitted."
@@ -85,7 +89,7 @@ def fitting_of(settings: Settings) -> Fitting:
 def run_walk_forward(settings: Settings, data: TrainingSet, progress: Callable[[str], None] = print) -> WalkForward:
     "Out-of-sample predictions of every learner."
     splitter = PurgedWalkForward(**settings.validation.model_dump())
-    return walk_forward(data, splitter, lambda: new_learners(settings), progress, fitting_of(settings))
+    return walk_forward(data, splitter, lambda: new_learners(settings), progress, fitting_of(settings), workers(settings))
 
 def mix_learners(settings: Settings, walk: WalkForward, weights: dict[str, float] | None = None) -> Mixed:
     "The walk-forward predictions of the blend, and the mixture for production."
@@ -185,7 +189,7 @@ def staging(store: ModelStore, run_id: str) -> Path:
 def fit_candidate(settings: Settings, data: TrainingSet, mixture: Mixture, store: ModelStore, run_id: str,
                   progress: Callable[[str], None] = print) -> Candidate:
     "Refit on all rows, build the artefact, lay it aside and measure it in a fresh process."
-    learners = fit_all(data, new_learners(settings), progress, fitting_of(settings))
+    learners = fit_all(data, new_learners(settings), progress, fitting_of(settings), workers(settings))
     ensemble = make_ensemble(data, learners, mixture.weights, mixture.threshold, mixture.calibration)
     path = write_atomic(staging(store, run_id) / MODEL_FILE, ensemble.to_bytes())
     progress("measuring the artefact in a fresh process")
