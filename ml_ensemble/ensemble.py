@@ -81,7 +81,7 @@ def is_calibration(parts: dict) -> bool:
         return set(parts) == {"kind", "slope", "offset"} and is_row([parts["slope"], parts["offset"]], 2)
     if parts.get("kind") == "isotonic" and set(parts) == {"kind", "x", "y"} and type(parts["x"]) is list:
         size = len(parts["x"])
-        return size > 0 and is_row(parts["x"], size) and is_row(parts["y"], size) and parts["x"] == sorted(parts["x"])
+        return size > 0 and is_row(parts["x"], size) and is_row(parts["y"], size) and parts["x"] == sorted(set(parts["x"]))
     return parts == {"kind": "none"}
 
 def is_range(parts: dict, size: int) -> bool:
