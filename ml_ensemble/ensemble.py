@@ -80,8 +80,8 @@ def is_calibration(parts: dict) -> bool:
     if parts.get("kind") == "platt":
         return set(parts) == {"kind", "slope", "offset"} and is_row([parts["slope"], parts["offset"]], 2)
     if parts.get("kind") == "isotonic" and set(parts) == {"kind", "x", "y"} and type(parts["x"]) is list:
-        size = len(parts["x"])
-        return size > 0 and is_row(parts["x"], size) and is_row(parts["y"], size) and parts["x"] == sorted(set(parts["x"]))
+        x, y, size = parts["x"], parts["y"], len(parts["x"])
+        return size > 0 and is_row(x, size) and is_row(y, size) and x == sorted(set(x))
     return parts == {"kind": "none"}
 
 def is_range(parts: dict, size: int) -> bool:
@@ -97,11 +97,11 @@ def soundness(payload: dict):
     yield "features", are_names(payload["features"], len(FEATURE_NAMES))
     yield "view", len(payload["view"]) == size and are_names(payload["view"], size)
     yield "classes", payload["classes"] in ([0, 1], [-1, 0, 1]) and all(type(c) is int for c in payload["classes"])
-    yield "weights", are_names(payload["weights"], 1) and is_row(list(payload["weights"].values()), len(payload["weights"]))
+    yield "weights", are_names(payload["weights"], 1) and all(is_row([w], 1) for w in payload["weights"].values())
     yield "calibration", is_calibration(payload["calibration"])
     yield "decision_threshold", math.isfinite(payload["decision_threshold"])
     yield "range", is_range(payload["range"], size)
-    yield "max_age_days", payload["max_age_days"] > 0
+    yield "max_age_days", 0 < payload["max_age_days"] <= 1e6
     yield "canary", set(canary) == {"features", "probabilities"} and is_table(canary["features"], size) \
         and is_table(canary["probabilities"], len(payload["classes"])) \
         and len(canary["features"]) == len(canary["probabilities"])
@@ -885,7 +885,7 @@ def figures_of(bundle: Bundle, X, y) -> dict:
     Returns
     -------
     dict
-        JSON-safe. `rows`, `abstained`, `version`; `log_loss`, `log_loss_prior` (of the answered rows' own class shares),
+        JSON-safe. `rows`, `abstained`, `version`; `log_loss`, `log_loss_prior` (of the answered rows' class shares),
         `skill` (1 - their quotient; None when the rows hold one class only), `weighted_f1`, `accuracy`.
     """
     classes = bundle.payload["classes"]
@@ -933,11 +933,12 @@ def describe_richly(info: dict) -> str:
     "A table for a notebook."
     meaning = ", ".join(f"{c} {NAMES[c]}" for c in info["classes"])
     threshold = f", buy from {info['decision_threshold']:g}" if len(info["classes"]) == 2 else ""
-    expires = ", ".join(f"{moment} ({kind})" for kind, moment in info["expires_at"].items() if moment) or "never: no metadata"
+    expires = ", ".join(f"{moment} ({kind})" for kind, moment in info["expires_at"].items() if moment)
     rows = {"version": info["version"] or "unversioned", "trained": info["created_at"] or "unknown",
-            "abstains from": expires, "classes": meaning + threshold,
+            "abstains from": expires or "never: no metadata", "classes": meaning + threshold,
             "weights": ", ".join(f"{name} {share:g}" for name, share in info["weights"].items()),
-            "calibration": info["calibration"]["kind"], "features": f"{info['n_features']}, {info['calendar']} calendar",
+            "calibration": info["calibration"]["kind"], "features": f"{info['n_features']}, {info['calendar']}",
             "known range": f"that of the training bars and {info['range_margin']:g} of its width beyond",
             "graph": f"{info['graph_bytes'] / 1e6:.2f} MB"}
-    return "\n".join(["| ProductionEnsemble | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    lines = (f"| {name} | {value} |" for name, value in rows.items())
+    return "\n".join(["| ProductionEnsemble | |", "|---|---|", *lines])

@@ -20,7 +20,7 @@ from .core import IntegrityError, write_atomic
 from .custom_features import load_custom
 from .ensemble import CANARY_TOLERANCE, Bundle, ProductionEnsemble, canary_rows, range_limits
 from .feature_manager import ATR, FeatureManager, view_of
-from .versioning import ModelStore, archived, read_metadata
+from .versioning import ModelStore
 
 # %% ../nbs/21_onnx_export.ipynb #b1e00006
 class Draft:
@@ -104,8 +104,8 @@ def curve_nodes(draft: Draft, x: np.ndarray, y: np.ndarray, p: Value) -> Value:
 def decision_nodes(draft: Draft, payload: dict, proba: Value, known: Value) -> Value:
     "Decisions (N,) int64: 0 hold, 1 buy, -1 sell; 0 where the row is not known."
     if len(payload["classes"]) == 2:
-        chosen = draft.do("Cast", draft.do("GreaterOrEqual", proba.column(1), draft.constant(payload["decision_threshold"])),
-                          to=TensorProto.INT64)
+        reached = draft.do("GreaterOrEqual", proba.column(1), draft.constant(payload["decision_threshold"]))
+        chosen = draft.do("Cast", reached, to=TensorProto.INT64)
     else:
         place = draft.do("ArgMax", proba, axis=1, keepdims=1)
         chosen = draft.do("Gather", draft.constant(payload["classes"], np.int64), place)
@@ -139,8 +139,8 @@ def to_full_onnx(bundle: Bundle) -> bytes:
     describe = helper.make_tensor_value_info
     graph = helper.make_graph(
         draft.nodes, "ml_ensemble", [describe("features", TensorProto.DOUBLE, ["rows", size])],
-        [describe("probabilities", TensorProto.DOUBLE, ["rows", classes]), describe("decision", TensorProto.INT64, ["rows"])],
-        draft.constants)
+        [describe("probabilities", TensorProto.DOUBLE, ["rows", classes]),
+         describe("decision", TensorProto.INT64, ["rows"])], draft.constants)
     model = helper.make_model(graph, opset_imports=inner.opset_import, ir_version=inner.ir_version,
                               producer_name="ml_ensemble", doc_string=HOW_TO_FEED)
     helper.set_model_props(model, properties(bundle))
@@ -159,7 +159,8 @@ def properties(bundle: Bundle) -> dict[str, str]:
     "What the file says of itself."
     payload, facts = bundle.payload, bundle.metadata
     data = facts.get("data") or {}
-    features = [{"name": f.name, "unit": f.unit, "formula": f.formula, "bars_back": f.left} for f in bundle.manager.features]
+    features = [{"name": f.name, "unit": f.unit, "formula": f.formula, "bars_back": f.left}
+                for f in bundle.manager.features]
     limits = {name: list(limit) for name, limit in zip(payload["view"], bundle.limits)}
     lists = {"features": features, "classes": payload["classes"], "decision_threshold": payload["decision_threshold"],
              "calibration": payload["calibration"], "weights": payload["weights"], "warmup": bundle.manager.warmup,
@@ -187,7 +188,7 @@ def export_onnx(ensemble: ProductionEnsemble, path: str | Path) -> Path:
 def load_with_custom(version: str | None = None, store: ModelStore | None = None) -> ProductionEnsemble:
     "A version with the custom features that its metadata name."
     store = store or ModelStore()
-    facts = (store.current() if version is None else read_metadata(archived(store, version)[1])) or {}
+    facts, _ = store.read(version)
     named = facts.get("configuration", {}).get("features", {}).get("custom", ())
     calendar = (facts.get("data") or {}).get("calendar", "continuous")
     manager = FeatureManager(calendar, [load_custom(reference) for reference in named])

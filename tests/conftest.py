@@ -44,8 +44,8 @@ def hand_made_payload() -> dict:
     p = 1 / (1 + np.exp(-100 * rows[:, 2]))
     return {"format": FORMAT, "model": model.SerializeToString(), "features": list(FEATURE_NAMES),
             "view": view_names(FeatureManager()), "fingerprint": FeatureManager().fingerprint, "classes": [0, 1],
-            "weights": {"by_hand": 1.0}, "calibration": {"kind": "none"}, "decision_threshold": 0.5, "max_age_days": 14.0,
-            "range": {"low": [-2.0] * 12, "high": [2.0] * 12, "margin": 1.0},
+            "weights": {"by_hand": 1.0}, "calibration": {"kind": "none"}, "decision_threshold": 0.5,
+            "max_age_days": 14.0, "range": {"low": [-2.0] * 12, "high": [2.0] * 12, "margin": 1.0},
             "canary": {"features": rows.tolist(), "probabilities": np.column_stack([1 - p, p]).tolist()}}
 
 

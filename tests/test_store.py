@@ -250,14 +250,15 @@ def bomb(levels=40, width=9):
     """Lists of references to lists: small to write down, endless to walk through."""
     steps = [pickle.EMPTY_LIST + pickle.MEMOIZE]
     for level in range(levels):
-        steps.append(pickle.EMPTY_LIST + pickle.MEMOIZE + pickle.MARK + (pickle.BINGET + bytes([level])) * width + pickle.APPENDS)
+        references = (pickle.BINGET + bytes([level])) * width
+        steps.append(pickle.EMPTY_LIST + pickle.MEMOIZE + pickle.MARK + references + pickle.APPENDS)
     return b"".join(steps)
 
 
 def mass(rows=40_000):
     """One row of 12 numbers, referred to 40,000 times."""
-    row = data([1.0] * 12)
-    return pickle.EMPTY_LIST + row + pickle.MEMOIZE + pickle.APPEND + pickle.MARK + (pickle.BINGET + b"\0") * rows + pickle.APPENDS
+    row, references = data([1.0] * 12) + pickle.MEMOIZE, (pickle.BINGET + b"\0") * rows
+    return pickle.EMPTY_LIST + row + pickle.APPEND + pickle.MARK + references + pickle.APPENDS
 
 
 RUN = {     # these ask for code
@@ -284,7 +285,8 @@ RUN = {     # these ask for code
     "our own class": lambda m: b"cml_ensemble.ensemble\nProductionEnsemble\n.",
     "our own module, another name": lambda m: program(name("ml_ensemble.ensemble", "load_file"), GOOD, CALL),
     "dotted": lambda m: b"\x80\x04\x8c\x14ml_ensemble.ensemble\x94\x8c\x0eio.open_code.x\x94\x93.",
-    "dotted from our own name": lambda m: program(name("ml_ensemble.ensemble", "restore_ensemble.__globals__"), GOOD, CALL),
+    "dotted from our own name": lambda m: program(name("ml_ensemble.ensemble", "restore_ensemble.__globals__"), GOOD,
+                                                  CALL),
     "dotted module": lambda m: program(name("ml_ensemble.ensemble.os", "system"), data("true"), CALL),
     "extension code": by_extension_code,
     "extension code, 2 and 4 bytes": lambda m: program(pickle.EXT2, b"\xf0\0", pickle.EXT4, b"\xf0\0\0\0"),
@@ -331,9 +333,11 @@ DAMAGED = {     # these are no model
     "a list in itself": lambda m: program(OURS, pickle.EMPTY_DICT, data("format"), pickle.EMPTY_LIST, pickle.MEMOIZE,
                                           pickle.BINGET, b"\0", pickle.APPEND, pickle.SETITEM, CALL),
     "a list of lists of lists as a name": lambda m: program(bomb(), data("x"), pickle.STACK_GLOBAL),
-    "a list of lists of lists as a key": lambda m: program(OURS, pickle.EMPTY_DICT, bomb(), data("x"), pickle.SETITEM, CALL),
+    "a list of lists of lists as a key": lambda m: program(OURS, pickle.EMPTY_DICT, bomb(), data("x"), pickle.SETITEM,
+                                                           CALL),
     "a part twice": lambda m: program(OURS, GOOD, pickle.MARK, data("format"), data(3), pickle.SETITEMS, CALL),
-    "items below a mark": lambda m: program(OURS, pickle.EMPTY_DICT, data("a"), pickle.MARK, data(1), pickle.SETITEM, CALL),
+    "items below a mark": lambda m: program(OURS, pickle.EMPTY_DICT, data("a"), pickle.MARK, data(1), pickle.SETITEM,
+                                            CALL),
     "items of a list": lambda m: program(OURS, pickle.EMPTY_LIST, data("a"), data(1), pickle.SETITEM, CALL),
     "elements of a dictionary": lambda m: program(OURS, pickle.EMPTY_DICT, data("a"), pickle.APPEND, CALL),
     "something behind it": lambda m: program(OURS, GOOD, CALL) + b"x",
@@ -355,7 +359,8 @@ DAMAGED = {     # these are no model
     "a canary too short": lambda m: changed(canary={"features": [[1.0] * 11], "probabilities": [[0.5, 0.5]]}),
     "canaries that refer to one list": lambda m: program(
         OURS, data({k: v for k, v in hand_made_payload().items() if k != "canary"}), data("canary"), pickle.EMPTY_DICT,
-        pickle.MARK, data("features"), mass(), data("probabilities"), data([[0.5, 0.5]]), pickle.SETITEMS, pickle.SETITEM, CALL),
+        pickle.MARK, data("features"), mass(), data("probabilities"), data([[0.5, 0.5]]), pickle.SETITEMS,
+        pickle.SETITEM, CALL),
     "no graph": lambda m: changed(model=b"no graph"),
     "another graph": lambda m: changed(model=other_graph()),
 }
@@ -365,8 +370,8 @@ HOSTILE = RUN | DAMAGED
 def other_graph():
     """A sound graph that is no ensemble: other names, other shapes."""
     make, kind = onnx.helper, onnx.TensorProto.FLOAT
-    graph = make.make_graph([make.make_node("Identity", ["x"], ["y"])], "other", [make.make_tensor_value_info("x", kind, [None, 2])],
-                            [make.make_tensor_value_info("y", kind, [None, 2])])
+    x, y = (make.make_tensor_value_info(name, kind, [None, 2]) for name in "xy")
+    graph = make.make_graph([make.make_node("Identity", ["x"], ["y"])], "other", [x], [y])
     return make.make_model(graph, opset_imports=[make.make_opsetid("", 17)], ir_version=8).SerializeToString()
 
 
