@@ -224,7 +224,8 @@ def test_a_decision_cannot_be_changed_and_says_all_there_is(model, features):
     answer = model.predict_one(features.iloc[100])
     with pytest.raises(dataclasses.FrozenInstanceError):
         answer.decision = "buy"
-    assert answer == Decision(answer.probability, word(answer.probability >= 0.45), "", "unversioned", answer.probabilities)
+    said = word(answer.probability >= 0.45)
+    assert answer == Decision(answer.probability, said, "", "unversioned", answer.probabilities)
     assert answer.probabilities[1] == answer.probability and abs(sum(answer.probabilities) - 1) < 1e-6
     assert json.dumps(dataclasses.asdict(answer))
 
@@ -399,7 +400,7 @@ def test_a_promotion_under_way_gives_the_version_the_metadata_names(store, featu
     store.promote(sandbox_ensemble().to_bytes(), {})
     model = ProductionEnsemble(store=store)
     named = store.promote(sandbox_ensemble(seed=2).to_bytes(), {})["version"]
-    (store.production / MODEL_FILE).write_bytes(sandbox_ensemble(seed=3).to_bytes())   # the next one, its metadata not yet
+    (store.production / MODEL_FILE).write_bytes(sandbox_ensemble(seed=3).to_bytes())   # the next one, without metadata
     assert model.reload_if_changed() is True
     answer, expected = (who.predict_one(features.iloc[100]) for who in (model, sandbox_ensemble(seed=2)))
     assert answer.version == named and answer.probability == expected.probability
@@ -451,12 +452,13 @@ def test_80_000_decisions_on_8_threads_each_belong_to_one_version_through_50_swa
     model = ProductionEnsemble(store=store)
     for _ in range(still):
         model.decide(*even)
-    answers, errors, swaps = [[] for _ in range(8)], [], 0
+    answers, errors, swaps, swapped = [[] for _ in range(8)], [], 0, threading.Event()
 
     def decide(mine):
         try:
-            for k in range(5000):
-                mine.append((k % 200, model.predict_one(rows[k % 200])))
+            while len(mine) < 10_000 or not swapped.is_set():
+                k = len(mine) // 2 % 200
+                mine.append((k, model.predict_one(rows[k])))
                 mine.append((None, model.decide(*even)))
         except Exception as error:
             errors.append(error)
@@ -467,13 +469,14 @@ def test_80_000_decisions_on_8_threads_each_belong_to_one_version_through_50_swa
     for swap in range(50):
         versions[store.promote(files[(swap + 1) % 2], {})["version"]] = (swap + 1) % 2
         swaps += model.reload_if_changed()
+    swapped.set()
     for thread in threads:
         thread.join()
-    assert not errors and swaps == 50 and sum(map(len, answers)) == 80_000
+    assert not errors and swaps == 50 and min(map(len, answers)) >= 10_000
     for row, answer in (pair for mine in answers for pair in mine):
         by_row, settled = expected[versions[answer.version]]
         assert answer.probability == (settled if row is None else by_row[row]) and not answer.reason
-    assert len({answer.version for mine in answers for _, answer in mine}) > 10
+    assert len({answer.version for mine in answers for _, answer in mine}) >= 49
 
 
 FORK = """
@@ -629,11 +632,13 @@ def test_the_information_is_complete_json_and_a_table(store):
     assert "never: no metadata" in sandbox_ensemble()._repr_markdown_()
 
 
-@pytest.mark.parametrize("change", [
-    {"created_at": "yesterday"}, {"created_at": 7}, {"data": {"to": "later"}}])
-def test_metadata_whose_times_are_none_are_an_error(change):
-    with pytest.raises(IntegrityError, match="is no time"):
-        restore_ensemble(read_payload(sandbox_ensemble().to_bytes()), change)
+@pytest.mark.parametrize("change", [{"created_at": "yesterday"}, {"created_at": 7}, {"data": {"to": "later"}}])
+def test_a_model_whose_metadata_has_unreadable_times_abstains(features, change):
+    model = restore_ensemble(read_payload(sandbox_ensemble().to_bytes()), change)
+    for time in (None, datetime(2025, 1, 1)):
+        answer = model.predict_one(features.iloc[100], time=time)
+        assert answer.decision == "hold" and "is no time" in answer.reason and math.isnan(answer.probability)
+    assert np.isfinite(model.predict_proba(features)[49:]).all()
 
 
 def test_the_exported_graph_takes_raw_features_and_equals_predict_proba(features):
