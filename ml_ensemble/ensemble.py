@@ -971,6 +971,6 @@ def describe_richly(info: dict) -> str:
             "weights": ", ".join(f"{name} {share:g}" for name, share in info["weights"].items()),
             "calibration": info["calibration"]["kind"], "features": f"{info['n_features']}, {info['calendar']}",
             "known range": f"that of the training bars and {info['range_margin']:g} of its width beyond",
-            "graph": f"{info['graph_bytes'] / 1e6:.2f} MB"}
+            "graph": f"{info['graph_bytes']:,} bytes"}
     lines = (f"| {name} | {value} |" for name, value in rows.items())
     return "\n".join(["| ProductionEnsemble | |", "|---|---|", *lines])
