@@ -166,6 +166,7 @@ class Gate(Section):
 class Production(Section):
     """What the version in production must keep."""
     max_age_days: Positive
+    range_margin: NonNegative
     min_free_disk_mb: NonNegative
 
 # %% ../nbs/10_config.ipynb #9e347803

@@ -190,7 +190,8 @@ def fit_candidate(settings: Settings, data: TrainingSet, mixture: Mixture, store
                   progress: Callable[[str], None] = print) -> Candidate:
     "Refit on all rows, build the artefact, lay it aside and measure it in a fresh process."
     learners = fit_all(data, new_learners(settings), progress, fitting_of(settings), workers(settings))
-    ensemble = make_ensemble(data, learners, mixture.weights, mixture.threshold, mixture.calibration)
+    ensemble = make_ensemble(data, learners, mixture.weights, mixture.threshold, mixture.calibration,
+                             settings.production.max_age_days, settings.production.range_margin)
     path = write_atomic(staging(store, run_id) / MODEL_FILE, ensemble.to_bytes())
     progress("measuring the artefact in a fresh process")
     measured = probe_artefact(path, settings.features.custom)

@@ -24,7 +24,8 @@ from onnx import TensorProto, helper
 
 from .base_learners import Fitting, encode, fit_learner, predict_learner
 from .core import IntegrityError
-from .ensemble import FORMAT, ProductionEnsemble, calibrate, metadata_beside, restore_ensemble
+from .ensemble import (FORMAT, ProductionEnsemble, calibrate, metadata_beside, range_of,
+                                  restore_ensemble)
 from .feature_manager import FeatureManager, scale_free, view_names
 from .validation import nanoseconds
 
@@ -294,7 +295,7 @@ def trained_proba(learners: dict, view: np.ndarray, weights: dict, calibration: 
     return np.column_stack([1 - p, p])
 
 def make_ensemble(data: TrainingSet, learners: dict, weights: dict, decision_threshold: float,
-                  calibration: dict = PLAIN) -> ProductionEnsemble:
+                  calibration: dict = PLAIN, max_age_days: float = 14.0, range_margin: float = 1.0) -> ProductionEnsemble:
     "Fitted learners as the production artefact, with canary rows spread over the history."
     rows = np.linspace(0, len(data) - 1, 16).astype(int)
     expected = trained_proba(learners, data.view[rows], weights, calibration)
@@ -303,6 +304,7 @@ def make_ensemble(data: TrainingSet, learners: dict, weights: dict, decision_thr
         "features": data.manager.get_feature_names(), "fingerprint": data.manager.fingerprint,
         "view": view_names(data.manager), "classes": list(data.classes),
         "weights": dict(weights), "calibration": calibration, "decision_threshold": float(decision_threshold),
+        "max_age_days": float(max_age_days), "range": range_of(scale_free(data.features), range_margin),
         "canary": {"features": data.features.to_numpy()[rows].tolist(), "probabilities": expected.tolist()}},
         features=data.manager)
 
@@ -317,13 +319,12 @@ PROBE = """
 import json, re, resource, sys, time
 start = time.perf_counter()
 from ml_ensemble.custom_features import load_custom
-from ml_ensemble.ensemble import ProductionEnsemble
+from ml_ensemble.ensemble import ProductionEnsemble, canary_rows
 from ml_ensemble.feature_manager import FeatureManager
-import numpy as np
 manager = FeatureManager(custom=[load_custom(reference) for reference in sys.argv[2:]])
 model = ProductionEnsemble.load(sys.argv[1], features=manager)
-row = np.full(len(model.get_feature_names()), 50.0)
-model.predict_proba(row)
+row = canary_rows(model)[0]
+assert (model.predict_proba(row) >= 0).all()
 loaded = time.perf_counter() - start
 times = []
 for _ in range(300):

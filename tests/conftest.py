@@ -3,10 +3,14 @@ import os
 
 import arch.data.nasdaq
 import arch.data.sp500
+import numpy as np
+import onnx
 import pandas as pd
 import pytest
 from hypothesis import settings
 
+from ml_ensemble.ensemble import FORMAT
+from ml_ensemble.feature_manager import FEATURE_NAMES, FeatureManager, view_names
 from ml_ensemble.market_data import simulate_market, tidy
 from ml_ensemble.versioning import ModelStore
 
@@ -22,6 +26,27 @@ QUICK = ("days=700", "lightgbm.n_estimators=40", "xgboost.n_estimators=40", "ran
 def daily(frame: pd.DataFrame) -> pd.DataFrame:
     """arch's daily candles under our column names."""
     return tidy(frame.rename_axis("date").reset_index())
+
+
+def hand_made_payload() -> dict:
+    """The plain data of a model whose one unit is p = 1 / (1 + exp(-100 returns_1))."""
+    make = onnx.helper
+    graph = make.make_graph(
+        [make.make_node("MatMul", ["view", "w"], ["z"]), make.make_node("Sigmoid", ["z"], ["p"]),
+         make.make_node("Sub", ["one", "p"], ["q"]), make.make_node("Concat", ["q", "p"], ["probabilities"], axis=1)],
+        "by_hand", [make.make_tensor_value_info("view", onnx.TensorProto.FLOAT, [None, 12])],
+        [make.make_tensor_value_info("probabilities", onnx.TensorProto.FLOAT, [None, 2])],
+        [make.make_tensor("w", onnx.TensorProto.FLOAT, [12, 1], [100.0] + [0.0] * 11),
+         make.make_tensor("one", onnx.TensorProto.FLOAT, [1], [1.0])])
+    model = make.make_model(graph, opset_imports=[make.make_opsetid("", 17)], ir_version=8)
+    rows = np.ones((3, 12))
+    rows[:, 2] = [-0.01, 0.0, 0.02]
+    p = 1 / (1 + np.exp(-100 * rows[:, 2]))
+    return {"format": FORMAT, "model": model.SerializeToString(), "features": list(FEATURE_NAMES),
+            "view": view_names(FeatureManager()), "fingerprint": FeatureManager().fingerprint, "classes": [0, 1],
+            "weights": {"by_hand": 1.0}, "calibration": {"kind": "none"}, "decision_threshold": 0.5,
+            "max_age_days": 14.0, "range": {"low": [-2.0] * 12, "high": [2.0] * 12, "margin": 1.0},
+            "canary": {"features": rows.tolist(), "probabilities": np.column_stack([1 - p, p]).tolist()}}
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
+import onnxruntime
 import pytest
 
 from conftest import QUICK
+from ml_ensemble import FeatureManager, ModelStore, ProductionEnsemble
+from ml_ensemble.market_data import simulate_market
 
 SETS = [word for override in QUICK for word in ("--set", override)]
 
@@ -54,6 +58,18 @@ def test_a_life_on_the_command_line(cli):
     rows = json.loads(cli("predict", "--days", "100", "--rows", "3", "--json").stdout)["predictions"]
     assert len(rows) == 3 and all(abs(sum(row["probabilities"].values()) - 1) < 1e-5 for row in rows)
     assert "p(buy)" in cli("predict", "--days", "100").stdout
+    exported = cli("export", "--to", "onnx", "--output", str(cli.models.parent / "m.onnx"), "--json")
+    told = json.loads(exported.stdout)
+    assert exported.returncode == 0 and told["version"].endswith("-0001") and told["columns"][0] == "close"
+    session = onnxruntime.InferenceSession(cli.models.parent / "m.onnx")
+    model = ProductionEnsemble(store=ModelStore(cli.models))
+    rows_of_it = FeatureManager().generate_features(simulate_market(300, seed=2)[0]).to_numpy()[49:]
+    proba, decision = session.run(None, {"features": rows_of_it})
+    np.testing.assert_allclose(proba, model.predict_proba(rows_of_it), atol=1e-6)
+    assert (decision == model.predict(rows_of_it)).all() and len(set(decision)) == 2
+    here = cli("export", "--version", told["version"], cwd=cli.models.parent)
+    assert f"ml_ensemble_{told['version']}.onnx" in here.stdout and "metadata" in here.stdout
+    assert (cli.models.parent / f"ml_ensemble_{told['version']}.onnx").exists()
     nowhere = cli("rollback", "--reason", "too early", "--json")
     assert nowhere.returncode == 1 and json.loads(nowhere.stdout)["error"] == "ModelNotFoundError"
     assert cli("check").returncode == 0
@@ -68,6 +84,7 @@ def test_verbose_shows_what_the_notebook_prints(cli):
     (["retrain", "--set", "horizn=3"], "Did you mean horizon"), (["retrain", "--source", "ftp:x"], "data.source"),
     (["retrain", "--dry-run", "--source", "file:missing.csv"], "there is no file"),
     (["retrain", "--days", "0"], "Invalid value"), (["predict", "--version", "../x"], "is not a version"),
+    (["export", "--to", "pmml"], "--to is 'pmml'"), (["export", "--version", "20200101-0001"], "There are: "),
     (["rollback"], "Missing option"), (["dance"], "No such command")])
 def test_a_wrong_call_is_answered_with_a_remedy_and_no_traceback(cli, words, told, tmp_path):
     done = cli(*words, cwd=None)
@@ -85,7 +102,7 @@ def test_help_is_quick_to_load_and_names_every_command():
               "print(CliRunner().invoke(app, ['--help']).output)\n"
               "print('heavy:', sorted({'pandas', 'sklearn', 'lightgbm', 'xgboost', 'matplotlib'} & set(sys.modules)))")
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout
-    assert all(command in shown for command in ("retrain", "check", "history", "rollback", "backup", "predict"))
+    assert all(command in shown for command in ("retrain", "check", "history", "rollback", "backup", "predict", "export"))
     assert "heavy: []" in shown
 
 

@@ -1,19 +1,24 @@
 """The model store under faults, and model files that mean harm."""
 import builtins
+import contextlib
 import copyreg
 import io
 import os
 import pickle
 import subprocess
 import sys
+import time
+import tracemalloc
 from datetime import datetime, timezone
 
 import numpy as np
+import onnx
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import hand_made_payload
 from ml_ensemble import core
 from ml_ensemble.core import IntegrityError, LFSPointerError, MLEnsembleError, StoreError, UnsafeModelError, sha256_hex
 from ml_ensemble.ensemble import ProductionEnsemble, read_payload
@@ -175,13 +180,27 @@ def test_two_promoters_never_share_a_number(tmp_path):
 
 
 class Call:
-    """Pickles as a call of `function(*args)`."""
+    """Pickles as a call of `function(*args)`, and with `state` as one that sets it afterwards."""
 
-    def __init__(self, function, *args):
-        self.call = (function, args)
+    def __init__(self, function, *args, state=None):
+        self.call = (function, args) if state is None else (function, args, state)
 
-    def __reduce__(self):
+    def __reduce_ex__(self, protocol):
         return self.call
+
+    def __call__(self):
+        """So that the answer of one call can be what the next one calls."""
+
+
+class NewObject:
+    """Pickles by NEWOBJ_EX: a class is called with arguments and keywords."""
+
+    def __getnewargs_ex__(self):
+        return (1,), {"b": 2}
+
+
+class Text(str):
+    """A text that is more than one."""
 
 
 def persistent(marker):
@@ -201,31 +220,159 @@ def by_extension_code(marker):
         copyreg.remove_extension("os", "system", 240)
 
 
-HOSTILE = {
+def name(module, name):
+    """The instructions that look up a global."""
+    text = b"".join(pickle.SHORT_BINUNICODE + bytes([len(word)]) + word.encode() for word in (module, name))
+    return text + pickle.STACK_GLOBAL
+
+
+def program(*parts):
+    """A pickle from instructions."""
+    return b"\x80\x05" + b"".join(parts) + pickle.STOP
+
+
+def data(value):
+    """The instructions that put plain data on the stack."""
+    return pickle.dumps(value, protocol=5)[2:-1]
+
+
+OURS = name("ml_ensemble.ensemble", "restore_ensemble")
+GOOD = data(hand_made_payload())
+CALL = pickle.TUPLE1 + pickle.REDUCE
+
+
+def changed(**parts):
+    """A complete model with some parts changed."""
+    return program(OURS, data({**hand_made_payload(), **parts}), CALL)
+
+
+def bomb(levels=40, width=9):
+    """Lists of references to lists: small to write down, endless to walk through."""
+    steps = [pickle.EMPTY_LIST + pickle.MEMOIZE]
+    for level in range(levels):
+        references = (pickle.BINGET + bytes([level])) * width
+        steps.append(pickle.EMPTY_LIST + pickle.MEMOIZE + pickle.MARK + references + pickle.APPENDS)
+    return b"".join(steps)
+
+
+def mass(rows=40_000):
+    """One row of 12 numbers, referred to 40,000 times."""
+    row, references = data([1.0] * 12) + pickle.MEMOIZE, (pickle.BINGET + b"\0") * rows
+    return pickle.EMPTY_LIST + row + pickle.APPEND + pickle.MARK + references + pickle.APPENDS
+
+
+RUN = {     # these ask for code
     "os.system": lambda m: pickle.dumps(Call(os.system, f"touch {m}")),
+    "os.system, old protocol": lambda m: pickle.dumps(Call(os.system, f"touch {m}"), protocol=0),
     "eval": lambda m: pickle.dumps(Call(eval, f"open({str(m)!r}, 'w')")),
     "exec": lambda m: pickle.dumps(Call(exec, f"open({str(m)!r}, 'w')")),
     "open": lambda m: pickle.dumps(Call(open, str(m), "w")),
     "subprocess": lambda m: pickle.dumps(Call(subprocess.call, ["touch", str(m)])),
+    "subprocess.Popen": lambda m: pickle.dumps(Call(subprocess.Popen, ["touch", str(m)])),
     "getattr": lambda m: pickle.dumps(Call(getattr, "x", "upper")),
+    "getattr chain": lambda m: pickle.dumps(Call(Call(getattr, Call(__import__, "os"), "system"), f"touch {m}")),
     "__import__": lambda m: pickle.dumps(Call(builtins.__import__, "os")),
     "nested": lambda m: pickle.dumps({"format": 1, "canary": {"x": [Call(os.system, f"touch {m}")]}}),
+    "in a complete model": lambda m: changed(weights={"by_hand": Call(os.system, f"touch {m}")}),
+    "as an argument of ours": lambda m: program(OURS, data(Call(os.system, f"touch {m}")), CALL),
+    "state on a nested object": lambda m: pickle.dumps([Call(dict, state={"x": Call(os.system, f"touch {m}")})]),
     "numpy": lambda m: pickle.dumps({"format": np.float64(1)}),
+    "numpy array": lambda m: changed(canary={"features": np.ones((1, 12)), "probabilities": [[0.5, 0.5]]}),
+    "numpy.load": lambda m: pickle.dumps(Call(np.load, str(m), None, True)),
     "pandas": lambda m: pickle.dumps(pd.Series([1])),
+    "pandas.read_pickle": lambda m: pickle.dumps(Call(pd.read_pickle, str(m))),
     "our own open": lambda m: b"cml_ensemble.core\nwrite_atomic\n(V" + str(m).encode() + b"\nVx\ntR.",
     "our own class": lambda m: b"cml_ensemble.ensemble\nProductionEnsemble\n.",
+    "our own module, another name": lambda m: program(name("ml_ensemble.ensemble", "load_file"), GOOD, CALL),
     "dotted": lambda m: b"\x80\x04\x8c\x14ml_ensemble.ensemble\x94\x8c\x0eio.open_code.x\x94\x93.",
+    "dotted from our own name": lambda m: program(name("ml_ensemble.ensemble", "restore_ensemble.__globals__"), GOOD,
+                                                  CALL),
+    "dotted module": lambda m: program(name("ml_ensemble.ensemble.os", "system"), data("true"), CALL),
     "extension code": by_extension_code,
+    "extension code, 2 and 4 bytes": lambda m: program(pickle.EXT2, b"\xf0\0", pickle.EXT4, b"\xf0\0\0\0"),
     "persistent id": persistent,
+    "persistent id, old protocol": lambda m: b"Psecret\n.",
+    "INST": lambda m: b"(Vtouch " + str(m).encode() + b"\nios\nsystem\n.",
+    "OBJ": lambda m: program(pickle.MARK, OURS, GOOD, pickle.OBJ),
+    "NEWOBJ": lambda m: program(OURS, pickle.EMPTY_TUPLE, pickle.NEWOBJ),
+    "NEWOBJ_EX": lambda m: pickle.dumps(NewObject(), protocol=4),
+    "BUILD on our own": lambda m: program(OURS, GOOD, CALL, data({"__class__": 1}), pickle.BUILD),
+    "BUILD on our own name": lambda m: program(OURS, data({"__code__": 1}), pickle.BUILD, GOOD, CALL),
+    "called twice": lambda m: program(OURS, OURS, GOOD, CALL, CALL),
+    "called with two arguments": lambda m: program(OURS, GOOD, pickle.EMPTY_DICT, pickle.TUPLE2, pickle.REDUCE),
+    "called with a text": lambda m: program(OURS, data("x"), CALL),
+    "called with itself": lambda m: program(OURS, OURS, CALL),
+    "called with a deep nest": lambda m: program(OURS, pickle.EMPTY_LIST * 50_000, pickle.APPEND * 49_999, CALL),
+    "data is called": lambda m: program(data({"x": 1}), GOOD, CALL),
+    "text subclass": lambda m: changed(fingerprint=Text(hand_made_payload()["fingerprint"])),
+    "text subclass as a key": lambda m: changed(weights={Text("by_hand"): 1.0}),
+    "a set": lambda m: changed(classes={0, 1}),
+    "out-of-band buffer": lambda m: program(pickle.NEXT_BUFFER),
+    "writable bytes": lambda m: program(pickle.BYTEARRAY8, b"\xff" * 8),
+    "oversized memo": lambda m: program(pickle.EMPTY_DICT, pickle.LONG_BINPUT, b"\xff\xff\xff\x7f"),
+    "huge integer": lambda m: program(pickle.LONG4, b"\xff\xff\xff\x7f"),
+}
+DAMAGED = {     # these are no model
     "truncated frame": lambda m: b"\x80\x05\x95\xff\x00\x00\x00\x00\x00\x00\x00}.",
+    "truncated model": lambda m: program(OURS, GOOD, CALL)[:-40],
+    "half a length": lambda m: b"\x80\x05" + pickle.BINBYTES8 + b"\xff" * 3,
+    "huge bytes": lambda m: program(OURS, pickle.BINBYTES8, b"\xff" * 7 + b"\x3f", CALL),
+    "huge text": lambda m: program(OURS, pickle.BINUNICODE8, b"\xff" * 7 + b"\x3f", CALL),
+    "bytes of 4 GB": lambda m: program(OURS, pickle.BINBYTES, b"\xff" * 4, CALL),
+    "text that is none": lambda m: program(OURS, pickle.SHORT_BINUNICODE, b"\x01\xff", CALL),
     "memo out of range": lambda m: b"\x80\x04j\xff\xff\xff\x7f.",
     "not a pickle": lambda m: b"GIF89a",
+    "nothing": lambda m: b"",
     "a bare number": lambda m: pickle.dumps(7),
+    "a bare dictionary": lambda m: pickle.dumps(hand_made_payload()),
+    "a name and no call": lambda m: program(OURS),
     "endless": lambda m: b"(" * 10_000,
+    "more steps than any model": lambda m: b"(" * 3_000_000,
+    "deep nesting in a part": lambda m: program(OURS, pickle.EMPTY_DICT, data("format"), pickle.EMPTY_LIST * 50_000,
+                                                pickle.APPEND * 49_999, pickle.SETITEM, CALL),
+    "a list in itself": lambda m: program(OURS, pickle.EMPTY_DICT, data("format"), pickle.EMPTY_LIST, pickle.MEMOIZE,
+                                          pickle.BINGET, b"\0", pickle.APPEND, pickle.SETITEM, CALL),
+    "a list of lists of lists as a name": lambda m: program(bomb(), data("x"), pickle.STACK_GLOBAL),
+    "a list of lists of lists as a key": lambda m: program(OURS, pickle.EMPTY_DICT, bomb(), data("x"), pickle.SETITEM,
+                                                           CALL),
+    "a part twice": lambda m: program(OURS, GOOD, pickle.MARK, data("format"), data(3), pickle.SETITEMS, CALL),
+    "items below a mark": lambda m: program(OURS, pickle.EMPTY_DICT, data("a"), pickle.MARK, data(1), pickle.SETITEM,
+                                            CALL),
+    "items of a list": lambda m: program(OURS, pickle.EMPTY_LIST, data("a"), data(1), pickle.SETITEM, CALL),
+    "elements of a dictionary": lambda m: program(OURS, pickle.EMPTY_DICT, data("a"), pickle.APPEND, CALL),
+    "something behind it": lambda m: program(OURS, GOOD, CALL) + b"x",
+    "two things": lambda m: program(OURS, GOOD, CALL, data(1)),
+    "a mark left": lambda m: program(OURS, GOOD, CALL, pickle.MARK),
+    "a part too many": lambda m: changed(more=1),
+    "another format": lambda m: changed(format=2),
+    "a text for a number": lambda m: changed(decision_threshold="0.5"),
+    "truth for classes": lambda m: changed(classes=[0.0, 1.0]),
+    "other classes": lambda m: changed(classes=[0, 2]),
+    "a name twice": lambda m: changed(features=["close"] * 12),
+    "a weight that is none": lambda m: changed(weights={"by_hand": float("nan")}),
+    "an endless age": lambda m: changed(max_age_days=float("nan")),
+    "an unknown calibration": lambda m: changed(calibration={"kind": "cubic"}),
+    "a curve that turns back": lambda m: changed(calibration={"kind": "isotonic", "x": [0.5, 0.2], "y": [0.1, 0.2]}),
+    "a range upside down": lambda m: changed(range={"low": [2.0] * 12, "high": [1.0] * 12, "margin": 1.0}),
+    "a range too short": lambda m: changed(range={"low": [0.0] * 11, "high": [1.0] * 11, "margin": 1.0}),
+    "no canaries": lambda m: changed(canary={"features": [], "probabilities": []}),
+    "a canary too short": lambda m: changed(canary={"features": [[1.0] * 11], "probabilities": [[0.5, 0.5]]}),
+    "canaries that refer to one list": lambda m: program(
+        OURS, data({k: v for k, v in hand_made_payload().items() if k != "canary"}), data("canary"), pickle.EMPTY_DICT,
+        pickle.MARK, data("features"), mass(), data("probabilities"), data([[0.5, 0.5]]), pickle.SETITEMS,
+        pickle.SETITEM, CALL),
+    "no graph": lambda m: changed(model=b"no graph"),
+    "another graph": lambda m: changed(model=other_graph()),
 }
+HOSTILE = RUN | DAMAGED
 
 
-NO_PICKLE = {"truncated frame", "memo out of range", "not a pickle", "a bare number", "endless"}
+def other_graph():
+    """A sound graph that is no ensemble: other names, other shapes."""
+    make, kind = onnx.helper, onnx.TensorProto.FLOAT
+    x, y = (make.make_tensor_value_info(name, kind, [None, 2]) for name in "xy")
+    graph = make.make_graph([make.make_node("Identity", ["x"], ["y"])], "other", [x], [y])
+    return make.make_model(graph, opset_imports=[make.make_opsetid("", 17)], ir_version=8).SerializeToString()
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -233,12 +380,37 @@ def test_a_hostile_model_is_refused_and_nothing_of_it_runs(store, tmp_path, name
     marker = tmp_path / "ran"
     model = HOSTILE[name](marker)
     store.promote(model, {})                      # its hash is right: only the loader stands between it and the process
-    refusal = IntegrityError if name in NO_PICKLE else UnsafeModelError
-    with pytest.raises(refusal):
-        ProductionEnsemble(store=store)
-    with pytest.raises(refusal):
-        read_payload(model)
-    assert not marker.exists()
+    refusal = UnsafeModelError if name in RUN else IntegrityError
+    tracemalloc.start()
+    start = time.perf_counter()
+    try:
+        with pytest.raises(refusal):
+            ProductionEnsemble(store=store)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert not marker.exists() and peak < 10 * len(model) + 20e6 and time.perf_counter() - start < 20
+
+
+def test_the_hostile_models_are_hostile(tmp_path):
+    """What they would do is done by Python's own unpickler: the refusals above refuse something."""
+    for name in ("os.system", "os.system, old protocol", "eval", "open", "subprocess", "getattr chain", "nested",
+                 "in a complete model", "as an argument of ours", "state on a nested object", "INST"):
+        marker = tmp_path / name.replace(" ", "_").replace(",", "")
+        with contextlib.suppress(Exception):
+            pickle.loads(HOSTILE[name](marker))
+        assert marker.exists(), name
+
+
+def test_a_sound_model_is_read_as_pickle_would_read_it():
+    payload = hand_made_payload()
+    model = program(OURS, data(payload), CALL)
+    assert read_payload(model) == payload
+    ensemble = pickle.loads(model)
+    assert read_payload(ensemble.to_bytes()) == payload and type(ensemble) is ProductionEnsemble
+    big = {**payload, "weights": {f"learner {k}": k / 100 for k in range(300)},
+           "calibration": {"kind": "isotonic", "x": [k / 500 for k in range(500)], "y": [k / 500 for k in range(500)]}}
+    assert read_payload(program(OURS, data(big), CALL)) == big
 
 
 def test_every_error_says_what_to_do():
