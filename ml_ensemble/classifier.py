@@ -63,9 +63,9 @@ def count_rows(
     positions: np.ndarray,               # (N,) of the labels among the classes
     weight: np.ndarray,                  # (N,) above 0
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    "Row numbers, each as often as it counts; and the weights (N,) if these were not whole."
+    "Row numbers, each as often as it counts; and weights (N,) of mean 1 if these were not whole."
     if (weight % 1 != 0).any() or weight.mean() > MOST_COPIES:
-        return np.arange(len(X)), weight
+        return np.arange(len(X)), weight / weight.mean()
     order = np.lexsort((*X.T[::-1], positions))
     label, row = positions[order], X[order]
     copies = (label[1:] == label[:-1]) & (row[1:] == row[:-1]).all(axis=1)
