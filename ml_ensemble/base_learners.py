@@ -95,10 +95,11 @@ def fit_learner(
     positions: np.ndarray,             # (N,) of the labels among the classes
     span: tuple[np.ndarray, np.ndarray] | None = None,  # start and end times of the labels, for weights and stopping
     fitting: Fitting = Fitting(),
+    weight: np.ndarray | None = None,  # (N,) of the rows, from outside; for a fit without `span`
 ):
     "Fit one learner; returns it."
     if span is None or fitting == Fitting():
-        return learner.fit(X, positions)
+        return learner.fit(X, positions, sample_weight=weight)
     if fitting.early_stopping and not isinstance(learner, RandomForestClassifier):
         learner.set_params(n_estimators=useful_rounds(learner, X, positions, *span, fitting))
     return learner.fit(X, positions, sample_weight=sample_weights(positions, *span, fitting))

@@ -30,24 +30,27 @@ def learn_weights(
     hit: np.ndarray,       # (N, L) probability of what came true
     fixed: np.ndarray,     # (L,) the weights to be held back towards
     shrinkage: float,      # pull towards them, in nats for a squared distance of 1
+    count: np.ndarray | None = None,  # (N,) how often each row counts; once, if not said
 ) -> np.ndarray:           # (L,) not negative, sum 1
     "The weights of least log loss, shrunk towards the fixed ones."
+    count = np.ones(len(hit)) if count is None else count
+
     def loss(weights):
         p = hit @ weights
         away = weights - fixed
-        return (-np.log(p).sum() + shrinkage * away @ away) / len(hit), (
-            -(hit / p[:, None]).sum(axis=0) + 2 * shrinkage * away) / len(hit)
+        return (-(count * np.log(p)).sum() + shrinkage * away @ away) / count.sum(), (
+            -(count[:, None] * (hit / p[:, None])).sum(axis=0) + 2 * shrinkage * away) / count.sum()
     found = minimize(loss, fixed, jac=True, method="SLSQP", bounds=[(0, 1)] * len(fixed),
                      constraints={"type": "eq", "fun": lambda w: w.sum() - 1, "jac": np.ones_like},
                      options={"ftol": 1e-14, "maxiter": 500})        # the loss is flat: a coarser limit ends at once
     weights = np.clip(found.x, 0, 1)
     return weights / weights.sum()
 
-def select_greedily(hit: np.ndarray, rounds: int = 50) -> np.ndarray:
+def select_greedily(hit: np.ndarray, rounds: int = 50, count: np.ndarray | None = None) -> np.ndarray:
     "Shares of learners taken one after the other, each time the one with which the mean has the least log loss."
     counts, total = np.zeros(hit.shape[1]), np.zeros(len(hit))
     for taken_so_far in range(1, rounds + 1):
-        losses = [-np.log((total + column) / taken_so_far).mean() for column in hit.T]
+        losses = [-np.average(np.log((total + column) / taken_so_far), weights=count) for column in hit.T]
         best = int(np.argmin(losses))
         counts[best] += 1
         total += hit[:, best]
@@ -60,20 +63,24 @@ def fit_calibration(
     y: np.ndarray,          # (N,) labels, 0 or 1
     shrinkage: float = 0.0, # pull of a line on its centre, in nats for a squared distance of 1
     center: float = 0.0,    # offset, in log-odds, of a line that is not known any better
+    count: np.ndarray | None = None,  # (N,) how often each row counts; once, if not said
 ) -> dict:                  # plain data for `calibrate`
     "The curve that makes these probabilities come true."
     if kind == "none" or len(np.unique(y)) < 2:
         return {"kind": "platt", "slope": 1.0, "offset": center} if center and kind != "none" else {"kind": "none"}
+    count = np.ones(len(y)) if count is None else count
     if kind == "isotonic":
-        curve = IsotonicRegression(y_min=1 / len(y), y_max=1 - 1 / len(y), out_of_bounds="clip").fit(p, y)
+        edge = 1 / len(y)
+        curve = IsotonicRegression(y_min=edge, y_max=1 - edge, out_of_bounds="clip").fit(p, y, sample_weight=count)
         return {"kind": "isotonic", "x": curve.X_thresholds_.tolist(), "y": curve.y_thresholds_.tolist()}
     odds = np.log(p / (1 - p))
 
     def loss(line):
         score, away = line[0] * odds + line[1], line - np.array([1.0, center])
-        error = 1 / (1 + np.exp(-score)) - y
-        return ((np.logaddexp(0, -np.where(y == 1, score, -score)).sum() + shrinkage * away @ away) / len(y),
-                (np.array([error @ odds, error.sum()]) + 2 * shrinkage * away) / len(y))
+        error = count * (1 / (1 + np.exp(-score)) - y)
+        surprise = (count * np.logaddexp(0, -np.where(y == 1, score, -score))).sum()
+        return ((surprise + shrinkage * away @ away) / count.sum(),
+                (np.array([error @ odds, error.sum()]) + 2 * shrinkage * away) / count.sum())
     slope, offset = minimize(loss, [1.0, center], jac=True, method="BFGS", options={"gtol": 1e-9}).x
     return {"kind": "platt", "slope": float(slope), "offset": float(offset)}
 

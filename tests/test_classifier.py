@@ -1,0 +1,430 @@
+"""`EnsembleClassifier`: scikit-learn's contract, scikit-learn's tools, and the weekly recipe to the last bit."""
+import json
+import os
+import pickle
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.metrics import log_loss
+from sklearn.model_selection import GridSearchCV, StratifiedKFold, TimeSeriesSplit, cross_validate
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
+from sklearn.utils.estimator_checks import estimator_checks_generator
+
+from ml_ensemble.base_learners import NAMES, make_learners
+from ml_ensemble.blending import Mixing, learn_weights, mix, taken
+from ml_ensemble.classifier import EnsembleClassifier, out_of_fold
+from ml_ensemble.config import load_settings
+from ml_ensemble.core import ConfigError, MissingValueError, MLEnsembleError, ValidationError
+from ml_ensemble.feature_manager import FeatureManager, scale_free
+from ml_ensemble.labels import forward_return_labels
+from ml_ensemble.training import blend, make_training_set, walk_forward
+from ml_ensemble.validation import PurgedWalkForward
+
+# The real learners, with few trees and as many threads as keep a shared machine quick.
+FEW = {"lightgbm": {"n_estimators": 10, "learning_rate": 0.1}, "xgboost": {"n_estimators": 10, "learning_rate": 0.1},
+       "random_forest": {"n_estimators": 10}, "n_jobs": 1}
+CONTRACTS = {"default": {}, "prior": {"incomplete": "prior"},
+             "learned": {"weighting": "learned", "calibration": "auto", "cv": StratifiedKFold(2)}}
+ARRAY_API = "check_array_api_input"      # needs a variable that is read when scipy is first imported
+
+
+def check_name(check) -> str:
+    return check_name(check.func) if isinstance(check, partial) else check.__name__
+
+
+CHECKS = [pytest.param(model, check, id=f"{name}-{number}-{check_name(check)}")
+          for name, own in CONTRACTS.items()
+          for number, (model, check) in enumerate(estimator_checks_generator(EnsembleClassifier(**FEW, **own)))
+          if check_name(check) != ARRAY_API]
+
+
+@pytest.mark.filterwarnings("ignore:Using the fractional value max_samples")
+@pytest.mark.parametrize(("model", "check"), CHECKS)
+def test_scikit_learns_contract(model, check):
+    check(model)
+
+
+def test_scikit_learns_contract_with_array_dispatch():
+    script = f"""
+import warnings; warnings.simplefilter("ignore")
+from sklearn.utils.estimator_checks import estimator_checks_generator
+from ml_ensemble import EnsembleClassifier
+run = 0
+for model, check in estimator_checks_generator(EnsembleClassifier(**{FEW!r})):
+    if "{ARRAY_API}" in str(check):
+        check(model); run += 1
+print(run)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                          env=os.environ | {"SCIPY_ARRAY_API": "1"})
+    assert done.stdout.strip() == "1", done.stderr
+
+
+@pytest.fixture(scope="module")
+def data(sandbox):
+    return make_training_set(FeatureManager(), sandbox, forward_return_labels(sandbox), classes=2)
+
+
+@pytest.fixture(scope="module")
+def three(sandbox):
+    return make_training_set(FeatureManager(), sandbox, forward_return_labels(sandbox, classes=3), classes=3)
+
+
+SPLITTER = PurgedWalkForward(3)
+SETTINGS = load_settings(["n_estimators=12", "learning_rate=0.1"])
+PARAMETERS = SETTINGS.learners.model_dump()
+SHARES = dict(zip(NAMES, (0.4, 0.4, 0.2)))
+
+
+def walked(rows, seed):
+    return walk_forward(rows, SPLITTER, lambda: make_learners(PARAMETERS, seed, 1))
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_its_probabilities_are_those_of_the_weekly_recipe_bit_for_bit(data, three, classes):
+    rows = data if classes == 2 else three
+    walk = walked(rows, seed=11)
+    for number, (train, test) in enumerate(SPLITTER.split(rows.features, groups=rows.end_time), start=1):
+        model = EnsembleClassifier(**PARAMETERS, random_state=11, n_jobs=1).fit(rows.view[train], rows.y[train])
+        expected = blend(walk.proba, SHARES)[walk.fold == number]
+        assert model.predict_proba(rows.view[test]).tobytes() == expected.tobytes()
+        assert model.classes_.tolist() == list(rows.classes)
+
+
+@pytest.mark.parametrize(("weighting", "calibration"), [("learned", "platt"), ("greedy", "isotonic")])
+def test_its_mixture_is_that_of_the_weekly_recipe(data, weighting, calibration):
+    mixing = Mixing(SHARES, weighting, SETTINGS.ensemble.shrinkage, calibration,
+                    SETTINGS.ensemble.calibration_shrinkage)
+    expected = mix(walked(data, seed=11), mixing).final
+    folds = list(SPLITTER.split(data.features, groups=data.end_time))
+    model = EnsembleClassifier(**PARAMETERS, weighting=weighting, calibration=calibration, cv=folds, random_state=11,
+                               n_jobs=1).fit(data.view, data.y)
+    assert (model.weights_, model.calibration_) == (expected.weights, expected.calibration)
+
+
+def test_the_folds_are_purged_walk_forward_unless_others_are_given(data):
+    index, horizon = data.features.index, SETTINGS.labels.horizon
+    assert horizon == 1
+    ends = index + pd.Timedelta("4h")                    # the candles have no gap, so rows and times agree
+    purged = list(PurgedWalkForward(4, min_train=1).split(data.features, groups=ends))
+    how = FEW | {"weighting": "learned", "calibration": "platt"}
+    by_number = EnsembleClassifier(**how, cv=4).fit(data.view, data.y)
+    by_splits = EnsembleClassifier(**how, cv=purged).fit(data.view, data.y)
+    other = EnsembleClassifier(**how, cv=TimeSeriesSplit(4)).fit(data.view, data.y)
+    assert by_number.weights_ == by_splits.weights_ and by_number.calibration_ == by_splits.calibration_
+    assert by_number.weights_ != other.weights_          # TimeSeriesSplit does not purge
+    configured = EnsembleClassifier(**how).fit(data.view, data.y)
+    assert configured.weights_ == EnsembleClassifier(**how, cv=SETTINGS.validation.n_splits).fit(data.view, data.y).weights_
+
+
+def test_what_is_not_given_is_as_configured(data, monkeypatch):
+    configured = load_settings().learners.model_dump()
+    model = EnsembleClassifier(**FEW).fit(data.view, data.y)
+    assert model.parameters_ == {name: configured[name] | FEW[name] for name in NAMES}
+    assert model.learners_["random_forest"].min_samples_leaf == configured["random_forest"]["min_samples_leaf"]
+    assert {learner.random_state for learner in model.learners_.values()} == {load_settings().seed}
+    assert EnsembleClassifier().weights == tuple(load_settings().ensemble.weights.model_dump().values())
+    monkeypatch.setenv("ML_ENSEMBLE_LEARNERS__XGBOOST__MAX_DEPTH", "2")
+    assert clone(model).fit(data.view, data.y).parameters_["xgboost"]["max_depth"] == 2
+
+
+# -- scikit-learn's tools ------------------------------------------------------------------------------------------
+
+def test_candles_in_decisions_out(sandbox, data):
+    labels = forward_return_labels(sandbox)
+    model = make_pipeline(FeatureManager(), FunctionTransformer(scale_free), EnsembleClassifier(**FEW, incomplete="prior"))
+    model.fit(sandbox.loc[labels.index], labels["label"])
+    proba = model.predict_proba(sandbox)
+    assert proba.shape == (len(sandbox), 2) and np.isfinite(proba).all()
+    direct = EnsembleClassifier(**FEW).fit(data.view, data.y)
+    np.testing.assert_array_equal(proba[49:-1], direct.predict_proba(data.view))
+    np.testing.assert_array_equal(proba[:49, 1], data.y.mean())
+    assert set(model.predict(sandbox)) == {0, 1}
+    with pytest.raises(MissingValueError, match="is NaN in row 0.*incomplete="):
+        clone(model).set_params(ensembleclassifier__incomplete="refuse").fit(sandbox.loc[labels.index], labels["label"])
+
+
+def test_a_search_under_purged_walk_forward(data):
+    model = make_pipeline(FunctionTransformer(scale_free), EnsembleClassifier(**FEW))
+    grid = {"ensembleclassifier__xgboost__max_depth": [1, 4], "ensembleclassifier__random_forest": [{"n_estimators": 3}]}
+    search = GridSearchCV(model, grid, cv=SPLITTER, scoring="neg_log_loss", error_score="raise")
+    search.fit(data.features, data.y, groups=data.end_time)
+    depths = [p["ensembleclassifier__xgboost__max_depth"] for p in search.cv_results_["params"]]
+    scores = search.cv_results_["mean_test_score"]
+    assert depths == [1, 4] and scores[0] != scores[1]
+    best = search.best_estimator_["ensembleclassifier"]
+    assert best.learners_["xgboost"].max_depth == search.best_params_["ensembleclassifier__xgboost__max_depth"]
+    assert len(best.learners_["random_forest"].estimators_) == 3
+    assert model["ensembleclassifier"].xgboost == FEW["xgboost"]
+
+
+def test_cross_validate_with_weights(data):
+    weight = np.linspace(0.5, 1.5, len(data))
+    model, kwargs = EnsembleClassifier(**FEW), {"cv": TimeSeriesSplit(2), "scoring": "neg_log_loss", "error_score": "raise"}
+    plain, weighted = (cross_validate(model, data.view, data.y, params=params, **kwargs)["test_score"]
+                       for params in (None, {"sample_weight": weight}))
+    assert np.isfinite(weighted).all() and (plain != weighted).all()
+
+
+def test_parameters_inside_the_dicts():
+    given = {"num_leaves": 7}
+    model = EnsembleClassifier(lightgbm=given)
+    assert model.get_params()["lightgbm__num_leaves"] == 7 and "lightgbm__num_leaves" not in model.get_params(deep=False)
+    model.set_params(lightgbm__reg_lambda=1.0, xgboost__max_depth=2, n_jobs=1)
+    assert model.lightgbm == {"num_leaves": 7, "reg_lambda": 1.0} and model.xgboost == {"max_depth": 2}
+    assert given == {"num_leaves": 7} and model.n_jobs == 1            # what was handed in stays as it was
+    assert clone(model).get_params() == model.get_params()
+    model.set_params(lightgbm={"num_leaves": 3}, lightgbm__max_depth=2)
+    assert model.lightgbm == {"num_leaves": 3, "max_depth": 2}
+    with pytest.raises(ValueError, match="Invalid parameter 'catboost'"):
+        model.set_params(catboost__depth=3)
+
+
+def test_a_pickle_and_a_copy_answer_alike(data):
+    model = EnsembleClassifier(**FEW, weighting="greedy").fit(data.view, data.y)
+    again = pickle.loads(pickle.dumps(model))
+    assert again.predict_proba(data.view).tobytes() == model.predict_proba(data.view).tobytes()
+    with pytest.raises(NotFittedError):
+        clone(model).predict(data.view)
+
+
+def test_columns_are_remembered(data):
+    table = pd.DataFrame(data.view, columns=[f"x{i}" for i in range(12)])
+    model = EnsembleClassifier(**FEW).fit(table, data.y)
+    assert model.n_features_in_ == 12 and model.feature_names_in_.tolist() == table.columns.tolist()
+    with pytest.raises(ValueError, match="feature names should match"):
+        model.predict(table[table.columns[::-1]])
+    table.loc[5, "x3"] = np.nan
+    with pytest.raises(MissingValueError, match="x3 of X is NaN in row 5"):
+        model.predict(table)
+
+
+# -- labels, weights, incomplete rows ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("names", [["hold", "buy"], ["sell", "hold", "buy"], ["a", "b", "c", "d"]])
+def test_any_labels_in_any_number_from_two_on(data, names):
+    k = len(names)
+    number = np.digitize(data.view[:, 1], np.quantile(data.view[:, 1], np.arange(1, k) / k))   # of something learnable
+    words = np.array(sorted(names), dtype=object)[number]
+    by_word, by_number = (EnsembleClassifier(**FEW).fit(data.view, y) for y in (words, number))
+    assert by_word.classes_.tolist() == sorted(names)
+    assert by_word.predict_proba(data.view).tobytes() == by_number.predict_proba(data.view).tobytes()
+    np.testing.assert_allclose(by_word.predict_proba(data.view).sum(axis=1), 1)
+    assert (by_word.predict(data.view) == words).mean() > 0.9
+
+
+@pytest.mark.parametrize("how", [{}, {"weighting": "learned", "calibration": "platt"}], ids=["fixed", "learned"])
+def test_a_row_of_weight_two_is_the_row_twice_and_one_of_weight_zero_is_not_there(data, how):
+    rng = np.random.default_rng(0)
+    weight = rng.integers(0, 4, len(data))
+    how = FEW | how | {"cv": None if not how else "set below"}
+
+    def answer(X, y, parts, sample_weight=None):
+        model = EnsembleClassifier(**how | {"cv": parts if how["cv"] else None})
+        return model.fit(X, y, sample_weight).predict_proba(data.view)
+
+    n, half = np.arange(len(data)), len(data) // 2
+    folds = [(n[:half], n[half:])]
+    copies = np.repeat(n, weight)
+    split = [(np.flatnonzero(copies < half), np.flatnonzero(copies >= half))]
+    weighted, written = answer(data.view, data.y, folds, weight), answer(data.view[copies], data.y[copies], split)
+    assert weighted.tobytes() == written.tobytes()
+    there = weight > 0
+    kept = [(np.flatnonzero(n[there] < half), np.flatnonzero(n[there] >= half))]
+    zeroed, removed = (answer(data.view, data.y, folds, there.astype(float)),
+                       answer(data.view[there], data.y[there], kept))
+    assert zeroed.tobytes() == removed.tobytes() != weighted.tobytes()
+
+
+def test_a_class_without_weight_is_no_class(three):
+    weight = (three.y != -1).astype(float)
+    model = EnsembleClassifier(**FEW).fit(three.view, three.y, weight)
+    assert model.classes_.tolist() == [0, 1]
+
+
+def test_splits_by_number_count_only_the_rows_that_are_there(data):
+    weight = np.ones(len(data))
+    weight[::3] = 0
+    how = FEW | {"weighting": "learned", "cv": 3}
+    zeroed = EnsembleClassifier(**how).fit(data.view, data.y, weight)
+    removed = EnsembleClassifier(**how).fit(data.view[weight > 0], data.y[weight > 0])
+    assert zeroed.weights_ == removed.weights_
+
+
+def test_weights_that_are_not_whole_reach_all_three_learners_and_the_mixture(data):
+    weight = np.where(data.y == 1, 3.7, 0.9)
+    plain, weighted = (EnsembleClassifier(**FEW).fit(data.view, data.y, w) for w in (None, weight))
+    for name in NAMES:
+        more = (weighted.learners_[name].predict_proba(data.view) - plain.learners_[name].predict_proba(data.view))[:, 1]
+        assert more.mean() > 0.05, name
+    assert weighted.prior_[1] == pytest.approx(np.average(data.y, weights=weight))
+    n = np.arange(len(data))
+    folds = [(n[:900], n[900:])]
+    model = EnsembleClassifier(**FEW, weighting="learned", cv=folds).fit(data.view, data.y, weight)
+    make = lambda: make_learners(model.parameters_, load_settings().seed, 1)
+    proba, rows = out_of_fold(make, data.view, data.y, weight, model.classes_, folds)
+    hit, fixed = taken(proba, data.y[rows]), np.array([0.4, 0.4, 0.2])
+    expected = learn_weights(hit, fixed, SETTINGS.ensemble.shrinkage, weight[rows] / weight[rows].mean())
+    np.testing.assert_allclose(list(model.weights_.values()), expected, atol=1e-12)
+    assert np.abs(expected - learn_weights(hit, fixed, SETTINGS.ensemble.shrinkage)).max() > 1e-3
+
+
+def test_weights_too_large_to_be_written_out_count_relative_to_each_other(data):
+    weight = np.where(data.y == 1, 30, 10)
+    first, second = (EnsembleClassifier(**FEW).fit(data.view, data.y, weight * factor).predict_proba(data.view)
+                     for factor in (1, 10**7))
+    np.testing.assert_allclose(first, second, atol=1e-9)
+
+
+def test_incomplete_rows_are_not_there_and_are_answered_with_the_class_shares(data):
+    X, missing = data.view.copy(), np.arange(len(data)) % 7 == 0
+    X[missing, 4] = np.nan
+    model = EnsembleClassifier(**FEW, incomplete="prior").fit(X, data.y)
+    without = EnsembleClassifier(**FEW).fit(X[~missing], data.y[~missing])
+    proba = model.predict_proba(X)
+    assert proba[~missing].tobytes() == without.predict_proba(X[~missing]).tobytes()
+    np.testing.assert_allclose(proba[missing, 1], data.y[~missing].mean())
+    assert np.isfinite(model.predict_proba(np.full((2, 12), np.nan))).all()
+
+
+# -- what is learned -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("weighting", ["learned", "greedy"])
+def test_learned_weights_lie_on_the_simplex_and_fit_the_out_of_fold_rows(data, weighting):
+    folds = list(SPLITTER.split(data.features, groups=data.end_time))
+    model = EnsembleClassifier(**PARAMETERS, weighting=weighting, cv=folds, random_state=11, n_jobs=1)
+    weights = model.fit(data.view, data.y).weights_
+    assert list(weights) == list(NAMES) and min(weights.values()) >= 0
+    assert sum(weights.values()) == pytest.approx(1, abs=1e-12)
+    walk = walked(data, seed=11)
+    loss = {name: log_loss(walk.y, blend(walk.proba, w)) for name, w in (("new", weights), ("fixed", SHARES))}
+    assert loss["new"] < loss["fixed"]
+
+
+def test_learned_weights_find_the_learner_that_knows(data):
+    blind = FEW | {"weighting": "learned", "xgboost": {"n_estimators": 1, "learning_rate": 1e-6},
+                   "lightgbm": {"n_estimators": 1, "learning_rate": 1e-6}, "random_forest": {"n_estimators": 60}}
+    y = (data.view[:, 1] > np.median(data.view[:, 1])).astype(int)
+    weights = EnsembleClassifier(**blind).fit(data.view, y).weights_
+    assert weights["random_forest"] > 0.9
+
+
+@pytest.mark.parametrize("kind", ["platt", "isotonic"])
+def test_calibration_makes_a_timid_ensemble_surer_and_better(kind, monkeypatch):
+    rng = np.random.default_rng(2)
+    X = rng.normal(size=(4000, 3)).astype(np.float32)
+    truth = 1 / (1 + np.exp(-2 * X[:, 0]))
+    y = (rng.random(4000) < truth).astype(int)
+    timid = FEW | {"lightgbm": {"n_estimators": 10, "learning_rate": 0.02}, "weights": (0.5, 0.5, 0.0),
+                   "xgboost": {"n_estimators": 10, "learning_rate": 0.02}}
+    answer = lambda calibration: EnsembleClassifier(**timid, calibration=calibration, cv=2).fit(
+        X[:3000], y[:3000]).predict_proba(X[3000:])[:, 1]
+    raw, held_back = answer("none"), answer(kind)
+    assert log_loss(y[3000:], held_back) < log_loss(y[3000:], raw)        # platt as firmly held back as configured
+    monkeypatch.setenv("ML_ENSEMBLE_ENSEMBLE__CALIBRATION_SHRINKAGE", "0")
+    calibrated = answer(kind)
+    assert calibrated.std() > 2 * raw.std()
+    assert np.abs(calibrated - truth[3000:]).mean() < np.abs(raw - truth[3000:]).mean() / 2
+    assert log_loss(y[3000:], calibrated) < log_loss(y[3000:], raw) - 0.05
+
+
+def test_a_forest_that_is_sure_breaks_no_logarithm():
+    rng = np.random.default_rng(3)
+    X = rng.normal(size=(300, 2))
+    y = (X[:, 0] > 0).astype(int)
+    y[::50] = 1 - y[::50]
+    sure = {"min_samples_leaf": 1, "max_depth": None, "n_estimators": 5}
+    for weighting in ("fixed", "learned", "greedy"):
+        model = EnsembleClassifier(**FEW | {"random_forest": sure}, weights=(0, 0, 1), weighting=weighting,
+                                   calibration="platt", cv=2).fit(X, y)
+        assert np.isfinite(model.predict_proba(X)).all() and np.isfinite(list(model.weights_.values())).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_seed_gives_the_same_bits_and_another_seed_others(data, threads):
+    how = FEW | {"n_jobs": threads, "weighting": "learned", "calibration": "isotonic", "cv": 2}
+    first, second, other = (EnsembleClassifier(**how, random_state=seed).fit(data.view, data.y).predict_proba(data.view)
+                            for seed in (5, 5, 6))
+    assert first.tobytes() == second.tobytes() != other.tobytes()
+
+
+def test_a_generator_draws_the_seed(data):
+    drawn = [EnsembleClassifier(**FEW, random_state=generator).fit(data.view, data.y).predict_proba(data.view).tobytes()
+             for generator in (np.random.RandomState(1), np.random.RandomState(1), np.random.RandomState(2))]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_learners_see_float32(data):
+    fine = data.view.astype(np.float64) * (1 + 1e-12)
+    model = EnsembleClassifier(**FEW).fit(data.view, data.y)
+    assert model.predict_proba(fine).tobytes() == model.predict_proba(data.view).tobytes()
+    assert clone(model).fit(fine, data.y).predict_proba(fine).tobytes() == model.predict_proba(data.view).tobytes()
+
+
+# -- what is refused -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("parameters", "told"), [
+    ({"weights": (0.5, 0.4, 0.2)}, "the weights sum to 1.1, not to 1"),
+    ({"weights": (1.4, -0.4, 0.0)}, "none negative: of lightgbm, xgboost, random_forest"),
+    ({"weights": (0.5, 0.5)}, "Give three"),
+    ({"weights": (np.nan, 0.5, 0.5)}, "the weights are"),
+    ({"weights": "equal"}, "the weights are 'equal'"),
+    ({"weighting": "best"}, "weighting is 'best'. Use one of fixed, learned, greedy"),
+    ({"calibration": "sigmoid"}, "calibration is 'sigmoid'. Use one of none, auto, platt, isotonic"),
+    ({"incomplete": "drop"}, "incomplete is 'drop'. Use one of refuse, prior"),
+    ({"lightgbm": {"num_leafs": 3}}, "lightgbm has no parameter 'num_leafs'. Did you mean num_leaves?"),
+    ({"lightgbm": {"min_data_in_leaf": 3}}, "lightgbm has no parameter 'min_data_in_leaf'"),
+    ({"random_forest": {"random_state": 3}}, "random_state of random_forest is not its own"),
+    ({"xgboost": [("max_depth", 3)]}, "Hand in a dict"),
+    ({"weighting": "learned", "cv": "five"}, "cv is 'five'. Use a number of folds"),
+    ({"weighting": "learned", "cv": 0}, "cannot be cut into 1 blocks"),
+    ({"weighting": "learned", "cv": 3.5}, "cv is 3.5"),
+])
+def test_a_wrong_parameter_is_told(data, parameters, told):
+    with pytest.raises(ValueError) as refused:
+        EnsembleClassifier(**FEW | parameters).fit(data.view, data.y)
+    assert isinstance(refused.value, MLEnsembleError) and told in str(refused.value)
+
+
+def test_too_few_rows_are_told(data, three):
+    learned = EnsembleClassifier(**FEW, weighting="learned")
+    with pytest.raises(ValidationError, match="5 rows cannot be cut into 6 blocks"):
+        learned.fit(data.view[:5], [0, 1, 0, 1, 0])
+    with pytest.raises(ValidationError, match="class 1 does not occur in a training part of 4 rows"):
+        learned.fit(data.view[:30], [0] * 15 + [1] * 15)
+    with pytest.raises(ValidationError, match="the label|when the labels end"):
+        EnsembleClassifier(**FEW, weighting="learned", cv=PurgedWalkForward(3)).fit(data.view, data.y)
+    with pytest.raises(ConfigError, match="for two classes, and y has 3"):
+        EnsembleClassifier(**FEW, calibration="platt").fit(three.view, three.y)
+    assert EnsembleClassifier(**FEW, calibration="auto").fit(three.view, three.y).calibration_ == {"kind": "none"}
+
+
+def test_weights_and_labels_that_cannot_be_are_told(data):
+    model = EnsembleClassifier(**FEW)
+    for weight, told in ((-np.ones(len(data)), "the weight of row 0 is -1"), (np.zeros(len(data)), "every sample weight is zero"),
+                         (np.ones(3), "inconsistent numbers of samples"), (np.ones((len(data), 2)), "one weight a row")):
+        with pytest.raises(ValueError, match=told):
+            model.fit(data.view, data.y, weight)
+    with pytest.raises(ValidationError, match="one class, 1, in the 5 of"):
+        model.fit(data.view, np.repeat([1, 0], [5, len(data) - 5]), np.repeat([1, 0], [5, len(data) - 5]))
+    with pytest.raises(ValidationError, match="there is no class in the 0 of"):
+        model.set_params(incomplete="prior").fit(np.full((4, 2), np.nan), [0, 1, 0, 1])
+
+
+def test_the_front_door_imports_it_only_when_asked():
+    script = """
+import json, sys, ml_ensemble
+from ml_ensemble import FeatureManager, ProductionEnsemble
+before = sorted({"sklearn", "lightgbm", "xgboost", "pandas"} & set(sys.modules))
+from ml_ensemble import EnsembleClassifier
+print(json.dumps([before, EnsembleClassifier.__module__, "EnsembleClassifier" in ml_ensemble.__all__]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [[], "ml_ensemble.classifier", True]
