@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OURS', 'PASSED_ON', 'MOST_COPIES', 'SURE', 'CHOICES', 'known_parameters', 'merge_parameters', 'count_rows',
            'fit_weighted', 'check_sample_weight', 'complete_rows', 'folds_of', 'out_of_fold', 'Plan', 'learn_mixture',
-           'check_choices', 'make_plan', 'check_training_rows', 'rows_that_count', 'seed_of', 'fit_classifier',
-           'blended_proba', 'LearnerParameters', 'EnsembleClassifier']
+           'check_choices', 'make_plan', 'seed_of', 'fits_at_once', 'check_training_rows', 'rows_that_count',
+           'fit_classifier', 'blended_proba', 'LearnerParameters', 'EnsembleClassifier']
 
 # %% ../nbs/21_classifier.ipynb #da322fef
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from numbers import Integral
 
 import numpy as np
+from joblib import effective_n_jobs
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_array, check_consistent_length, check_random_state
 from sklearn.utils.multiclass import check_classification_targets
@@ -24,7 +25,8 @@ from .base_learners import NAMES, encode, fit_learner, make_learners, predict_le
 from .blending import Mixture, fit_calibration, learn_weights, select_greedily, taken
 from .config import Settings, load_settings
 from .core import ConfigError, MissingValueError, ValidationError
-from .training import trained_proba
+from .feature_manager import usable_cpus
+from .training import in_parallel, trained_proba
 from .validation import walk_forward_splits
 
 # %% ../nbs/21_classifier.ipynb #87677967
@@ -34,7 +36,7 @@ PASSED_ON = ("colsample_bynode", "extra_trees", "max_bin", "max_delta_step", "mi
 
 def known_parameters() -> dict[str, set[str]]:
     "The names each library's classifier knows, less those that are set for all learners."
-    bare = make_learners({name: {} for name in NAMES}, seed=0, threads=1)
+    bare = make_learners({name: {} for name in NAMES}, seed=0)
     known = {name: set(learner.get_params()) - set(OURS) for name, learner in bare.items()}
     return known | {"lightgbm": known["lightgbm"] | set(PASSED_ON)}
 
@@ -73,11 +75,11 @@ def count_rows(
         return np.arange(len(X)), None
     return np.repeat(order, weight[order].astype(int)), None
 
-def fit_weighted(learners: dict, X: np.ndarray, positions: np.ndarray, weight: np.ndarray) -> dict:
-    "Fit each learner on rows that count as their weights say; returns them."
+def fit_weighted(learners: dict, X: np.ndarray, positions: np.ndarray, weight: np.ndarray, workers: int) -> dict:
+    "Fit each learner on rows that count as their weights say, `workers` at once; returns them."
     rows, left = count_rows(X, positions, weight)
-    for learner in learners.values():
-        fit_learner(learner, X[rows], positions[rows], weight=left)
+    work = lambda learner: fit_learner(learner, X[rows], positions[rows], weight=left)
+    list(in_parallel(work, [(learner,) for learner in learners.values()], workers))
     return learners
 
 # %% ../nbs/21_classifier.ipynb #8911148c
@@ -121,11 +123,12 @@ def folds_of(cv, X: np.ndarray, y: np.ndarray, rows: np.ndarray, settings: Setti
         raise ConfigError(f"cv is {cv!r}", "Use a number of folds, a scikit-learn splitter, or a list of its splits.")
     return [tuple(np.asarray(part)[np.isin(part, rows)] for part in fold) for fold in cv]
 
-def out_of_fold(make, X: np.ndarray, y: np.ndarray, weight: np.ndarray, classes: np.ndarray, folds: list) -> tuple:
+def out_of_fold(make, X: np.ndarray, y: np.ndarray, weight: np.ndarray, classes: np.ndarray, folds: list,
+                workers: int) -> tuple:
     "Each learner's probabilities of the test rows (name -> (M, K)), fold after fold; and these row numbers (M,)."
     parts = []
     for train, test in folds:
-        learners = fit_weighted(make(), X[train], encode(y[train], classes), weight[train])
+        learners = fit_weighted(make(), X[train], encode(y[train], classes), weight[train], workers)
         parts.append({name: predict_learner(learner, X[test]) for name, learner in learners.items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in NAMES}, np.concatenate(
         [test for _, test in folds])
@@ -179,6 +182,18 @@ def make_plan(model, classes: np.ndarray) -> Plan:
                           "Use calibration=\"none\" or \"auto\" (platt for two classes, none for more).")
     return Plan(weights.astype(np.float64), model.weighting, {"auto": "platt" if two else "none"}.get(kind, kind))
 
+# %% ../nbs/21_classifier.ipynb #8f4a415b
+def seed_of(random_state, settings: Settings) -> int:
+    "The learners' seed: the configured one for None, an integer as it is, a number drawn from a generator."
+    if random_state is None:
+        return settings.seed
+    whole = isinstance(random_state, Integral)
+    return int(random_state if whole else check_random_state(random_state).randint(2**31))
+
+def fits_at_once(n_jobs: int | None, settings: Settings) -> int:
+    "As configured for None, by default one for each CPU; otherwise as scikit-learn counts n_jobs."
+    return settings.training.threads or usable_cpus() if n_jobs is None else effective_n_jobs(n_jobs)
+
 # %% ../nbs/21_classifier.ipynb #3c01b8f9
 def check_training_rows(model, X, y, sample_weight) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "X (N, F) float32, perhaps with NaN, labels (N,) and weights (N,), checked."
@@ -197,30 +212,23 @@ def rows_that_count(model, X: np.ndarray, y: np.ndarray, weight: np.ndarray) -> 
                               "Two classes are needed: use more rows, or other labels.")
     return rows
 
-def seed_of(random_state, settings: Settings) -> int:
-    "The learners' seed: the configured one for None, an integer as it is, a number drawn from a generator."
-    if random_state is None:
-        return settings.seed
-    whole = isinstance(random_state, Integral)
-    return int(random_state if whole else check_random_state(random_state).randint(2**31))
-
 def fit_classifier(model, X: np.ndarray, y: np.ndarray, weight: np.ndarray) -> None:
     "Set the fitted attributes of an `EnsembleClassifier`."
     settings, rows = load_settings(), rows_that_count(model, X, y, weight)
-    classes, threads = np.unique(y[rows]), settings.training.threads if model.n_jobs is None else model.n_jobs
+    classes, workers = np.unique(y[rows]), fits_at_once(model.n_jobs, settings)
     plan, seed = make_plan(model, classes), seed_of(model.random_state, settings)
     parameters = merge_parameters({name: getattr(model, name) for name in NAMES}, settings.learners.model_dump())
-    make = lambda: make_learners(parameters, seed, threads)
+    make = lambda: make_learners(parameters, seed)
     mixture, positions = Mixture(dict(zip(NAMES, plan.fixed.tolist()))), encode(y[rows], classes)
     if plan.weighting != "fixed" or plan.calibration != "none":
-        proba, tested = out_of_fold(make, X, y, weight, classes, folds_of(model.cv, X, y, rows, settings))
+        proba, tested = out_of_fold(make, X, y, weight, classes, folds_of(model.cv, X, y, rows, settings), workers)
         told = np.searchsorted(classes, y[tested])
         counted, left = count_rows(X[tested], told, weight[tested])
         mixture = learn_mixture(plan, {name: p[counted] for name, p in proba.items()}, told[counted], left, settings)
     model.classes_, model.parameters_ = classes, parameters
     model.weights_, model.calibration_ = mixture.weights, mixture.calibration
     model.prior_ = np.bincount(positions, weights=weight[rows]) / weight[rows].sum()
-    model.learners_ = fit_weighted(make(), X[rows], positions, weight[rows])
+    model.learners_ = fit_weighted(make(), X[rows], positions, weight[rows], workers)
 
 # %% ../nbs/21_classifier.ipynb #cf926b01
 def blended_proba(model, X) -> np.ndarray:
@@ -276,7 +284,7 @@ class EnsembleClassifier(ClassifierMixin, LearnerParameters):
     random_state : int, RandomState or None
         Seed of the learners. None: `seed` of the configuration, so that two fits agree.
     n_jobs : int or None
-        Threads of each learner; part of the recipe, since it orders sums. None: `training.threads`.
+        Learners fitted at once, each on one thread; what they come to does not depend on it. None: `training.threads`.
 
     Attributes
     ----------

@@ -24,9 +24,10 @@ from onnx import TensorProto, helper
 
 from .base_learners import Fitting, encode, fit_learner, predict_learner
 from .core import IntegrityError
-from .ensemble import (FORMAT, ProductionEnsemble, calibrate, metadata_beside, range_of,
+from .ensemble import (ProductionEnsemble, calibrate, metadata_beside, range_of,
                                   restore_ensemble)
 from .feature_manager import FeatureManager, scale_free, view_names
+from .model_file import FORMAT
 from .validation import nanoseconds
 
 # %% ../nbs/15_training.ipynb #4888b0f4

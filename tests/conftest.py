@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 from hypothesis import settings
 
-from ml_ensemble.ensemble import FORMAT
 from ml_ensemble.feature_manager import FEATURE_NAMES, FeatureManager, view_names
 from ml_ensemble.market_data import simulate_market, tidy
+from ml_ensemble.model_file import FORMAT
 from ml_ensemble.versioning import ModelStore
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)

@@ -27,7 +27,7 @@ from ml_ensemble.labels import forward_return_labels
 from ml_ensemble.training import blend, make_training_set, walk_forward
 from ml_ensemble.validation import PurgedWalkForward
 
-# The real learners, with few trees and as many threads as keep a shared machine quick.
+# The real learners, with few trees.
 FEW = {"lightgbm": {"n_estimators": 10, "learning_rate": 0.1}, "xgboost": {"n_estimators": 10, "learning_rate": 0.1},
        "random_forest": {"n_estimators": 10}, "n_jobs": 1}
 CONTRACTS = {"default": {}, "prior": {"incomplete": "prior"},
@@ -269,7 +269,7 @@ def test_weights_that_are_not_whole_reach_all_three_learners_and_the_mixture(dat
     folds = [(n[:900], n[900:])]
     model = EnsembleClassifier(**FEW, weighting="learned", cv=folds).fit(data.view, data.y, weight)
     make = lambda: make_learners(model.parameters_, load_settings().seed, 1)
-    proba, rows = out_of_fold(make, data.view, data.y, weight, model.classes_, folds)
+    proba, rows = out_of_fold(make, data.view, data.y, weight, model.classes_, folds, workers=1)
     hit, fixed = taken(proba, data.y[rows]), np.array([0.4, 0.4, 0.2])
     expected = learn_weights(hit, fixed, SETTINGS.ensemble.shrinkage, weight[rows] / weight[rows].mean())
     np.testing.assert_allclose(list(model.weights_.values()), expected, atol=1e-12)
@@ -347,9 +347,9 @@ def test_a_forest_that_is_sure_breaks_no_logarithm():
         assert np.isfinite(model.predict_proba(X)).all() and np.isfinite(list(model.weights_.values())).all()
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_seed_gives_the_same_bits_and_another_seed_others(data, threads):
-    how = FEW | {"n_jobs": threads, "weighting": "learned", "calibration": "isotonic", "cv": 2}
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_a_seed_gives_the_same_bits_and_another_seed_others(data, at_once):
+    how = FEW | {"n_jobs": at_once, "weighting": "learned", "calibration": "isotonic", "cv": 2}
     first, second, other = (EnsembleClassifier(**how, random_state=seed).fit(data.view, data.y).predict_proba(data.view)
                             for seed in (5, 5, 6))
     assert first.tobytes() == second.tobytes() != other.tobytes()

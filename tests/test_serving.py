@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 
-from ml_ensemble import FeatureManager, ModelStore, ProductionEnsemble
+from ml_ensemble import FeatureManager, ProductionEnsemble
 from ml_ensemble import ensemble as serving
 from ml_ensemble.base_learners import make_learners
 from ml_ensemble.config import load_settings
@@ -25,14 +25,15 @@ from ml_ensemble.core import (ColumnTypeError, ConfigError, DuplicateError, Feat
                               NegativeValueError, StoreError, TimestampError, UnsafeModelError, UnsortedError,
                               ValidationError)
 from ml_ensemble.custom_features import custom_feature
-from ml_ensemble.ensemble import Decision, read_payload, restore_ensemble, run_graph
+from ml_ensemble.ensemble import Decision, restore_ensemble, run_graph
 from ml_ensemble.labels import forward_return_labels
 from ml_ensemble.market_data import simulate_market
+from ml_ensemble.model_file import read_payload
 from ml_ensemble.onnx_export import to_full_onnx
 from ml_ensemble.training import READERS, fit_all, make_ensemble, make_training_set, trained_proba
 from ml_ensemble.versioning import METADATA_FILE, MODEL_FILE
 
-SETTINGS = load_settings([f"{name}.n_estimators=40" for name in ("lightgbm", "xgboost", "random_forest")])
+SETTINGS = load_settings(["n_estimators=40", "learning_rate=0.05"])
 WEIGHTS = SETTINGS.ensemble.weights.model_dump()
 CALIBRATIONS = {"none": {"kind": "none"}, "platt": {"kind": "platt", "slope": 1.3, "offset": -0.2},
                 "isotonic": {"kind": "isotonic", "x": [0.2, 0.4, 0.5, 0.7], "y": [0.1, 0.35, 0.6, 0.9]}}
@@ -42,7 +43,7 @@ def learn(candles, classes=2, manager=None, seed=1):
     """A training set and learners fitted on it."""
     manager = manager or FeatureManager()
     data = make_training_set(manager, candles, forward_return_labels(candles, classes=classes), classes)
-    return data, fit_all(data, make_learners(SETTINGS.learners.model_dump(), seed, 1))
+    return data, fit_all(data, make_learners(SETTINGS.learners.model_dump(), seed))
 
 
 @cache

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from conftest import hand_made_payload
 from ml_ensemble import core
 from ml_ensemble.core import IntegrityError, LFSPointerError, MLEnsembleError, StoreError, UnsafeModelError, sha256_hex
-from ml_ensemble.ensemble import ProductionEnsemble, read_payload
+from ml_ensemble.ensemble import ProductionEnsemble
+from ml_ensemble.model_file import read_payload
 from ml_ensemble.versioning import METADATA_FILE, MODEL_FILE, ModelStore, archived
 
 MODEL = bytes(range(256)) * 8
