@@ -119,7 +119,11 @@ def folds_of(cv, X: np.ndarray, y: np.ndarray, rows: np.ndarray, settings: Setti
         return [(rows[train], rows[test]) for train, test in cv.split(X[rows], y[rows])]
     if not isinstance(cv, Iterable) or isinstance(cv, str):
         raise ConfigError(f"cv is {cv!r}", "Use a number of folds, a scikit-learn splitter, or a list of its splits.")
-    return [tuple(np.asarray(part)[np.isin(part, rows)] for part in fold) for fold in cv]
+    folds = [tuple(np.asarray(part)[np.isin(part, rows)] for part in fold) for fold in cv]
+    if not folds or not all(len(part) for fold in folds for part in fold):
+        raise ValidationError(f"a training or test part of the {len(folds)} splits in cv holds no row that counts",
+                              "Hand in splits whose parts hold complete rows with a weight.")
+    return folds
 
 def out_of_fold(make, X: np.ndarray, y: np.ndarray, weight: np.ndarray, classes: np.ndarray, folds: list) -> tuple:
     "Each learner's probabilities of the test rows (name -> (M, K)), fold after fold; and these row numbers (M,)."
@@ -204,6 +208,7 @@ def seed_of(random_state, settings: Settings) -> int:
     whole = isinstance(random_state, Integral)
     return int(random_state if whole else check_random_state(random_state).randint(2**31))
 
+# %% ../nbs/21_classifier.ipynb #eca5a0a7
 def fit_classifier(model, X: np.ndarray, y: np.ndarray, weight: np.ndarray) -> None:
     "Set the fitted attributes of an `EnsembleClassifier`."
     settings, rows = load_settings(), rows_that_count(model, X, y, weight)
@@ -217,10 +222,10 @@ def fit_classifier(model, X: np.ndarray, y: np.ndarray, weight: np.ndarray) -> N
         told = np.searchsorted(classes, y[tested])
         counted, left = count_rows(X[tested], told, weight[tested])
         mixture = learn_mixture(plan, {name: p[counted] for name, p in proba.items()}, told[counted], left, settings)
+    model.learners_ = fit_weighted(make(), X[rows], positions, weight[rows])
     model.classes_, model.parameters_ = classes, parameters
     model.weights_, model.calibration_ = mixture.weights, mixture.calibration
     model.prior_ = np.bincount(positions, weights=weight[rows]) / weight[rows].sum()
-    model.learners_ = fit_weighted(make(), X[rows], positions, weight[rows])
 
 # %% ../nbs/21_classifier.ipynb #cf926b01
 def blended_proba(model, X) -> np.ndarray:
