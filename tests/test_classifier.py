@@ -30,6 +30,7 @@ from ml_ensemble.validation import PurgedWalkForward
 # The real learners, with few trees and as many threads as keep a shared machine quick.
 FEW = {"lightgbm": {"n_estimators": 10, "learning_rate": 0.1}, "xgboost": {"n_estimators": 10, "learning_rate": 0.1},
        "random_forest": {"n_estimators": 10}, "n_jobs": 1}
+TINY = {name: {**FEW[name], "n_estimators": 4} for name in NAMES} | {"n_jobs": 1}
 CONTRACTS = {"default": {}, "prior": {"incomplete": "prior"},
              "learned": {"weighting": "learned", "calibration": "auto", "cv": StratifiedKFold(2)}}
 ARRAY_API = "check_array_api_input"      # needs a variable that is read when scipy is first imported
@@ -41,7 +42,7 @@ def check_name(check) -> str:
 
 CHECKS = [pytest.param(model, check, id=f"{name}-{number}-{check_name(check)}")
           for name, own in CONTRACTS.items()
-          for number, (model, check) in enumerate(estimator_checks_generator(EnsembleClassifier(**FEW, **own)))
+          for number, (model, check) in enumerate(estimator_checks_generator(EnsembleClassifier(**TINY, **own)))
           if check_name(check) != ARRAY_API]
 
 
@@ -57,7 +58,7 @@ import warnings; warnings.simplefilter("ignore")
 from sklearn.utils.estimator_checks import estimator_checks_generator
 from ml_ensemble import EnsembleClassifier
 run = 0
-for model, check in estimator_checks_generator(EnsembleClassifier(**{FEW!r})):
+for model, check in estimator_checks_generator(EnsembleClassifier(**{TINY!r})):
     if "{ARRAY_API}" in str(check):
         check(model); run += 1
 print(run)
