@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OURS', 'PASSED_ON', 'MOST_COPIES', 'SURE', 'CHOICES', 'known_parameters', 'merge_parameters', 'count_rows',
            'fit_weighted', 'check_sample_weight', 'complete_rows', 'folds_of', 'out_of_fold', 'Plan', 'learn_mixture',
-           'check_choices', 'make_plan', 'seed_of', 'fits_at_once', 'check_training_rows', 'rows_that_count',
+           'check_choices', 'make_plan', 'check_training_rows', 'rows_that_count', 'seed_of', 'fits_at_once',
            'fit_classifier', 'blended_proba', 'LearnerParameters', 'EnsembleClassifier']
 
 # %% ../nbs/21_classifier.ipynb #da322fef
@@ -121,7 +121,11 @@ def folds_of(cv, X: np.ndarray, y: np.ndarray, rows: np.ndarray, settings: Setti
         return [(rows[train], rows[test]) for train, test in cv.split(X[rows], y[rows])]
     if not isinstance(cv, Iterable) or isinstance(cv, str):
         raise ConfigError(f"cv is {cv!r}", "Use a number of folds, a scikit-learn splitter, or a list of its splits.")
-    return [tuple(np.asarray(part)[np.isin(part, rows)] for part in fold) for fold in cv]
+    folds = [tuple(np.asarray(part)[np.isin(part, rows)] for part in fold) for fold in cv]
+    if not folds or not all(len(part) for fold in folds for part in fold):
+        raise ValidationError(f"a training or test part of the {len(folds)} splits in cv holds no row that counts",
+                              "Hand in splits whose parts hold complete rows with a weight.")
+    return folds
 
 def out_of_fold(make, X: np.ndarray, y: np.ndarray, weight: np.ndarray, classes: np.ndarray, folds: list,
                 workers: int) -> tuple:
@@ -182,18 +186,6 @@ def make_plan(model, classes: np.ndarray) -> Plan:
                           "Use calibration=\"none\" or \"auto\" (platt for two classes, none for more).")
     return Plan(weights.astype(np.float64), model.weighting, {"auto": "platt" if two else "none"}.get(kind, kind))
 
-# %% ../nbs/21_classifier.ipynb #8f4a415b
-def seed_of(random_state, settings: Settings) -> int:
-    "The learners' seed: the configured one for None, an integer as it is, a number drawn from a generator."
-    if random_state is None:
-        return settings.seed
-    whole = isinstance(random_state, Integral)
-    return int(random_state if whole else check_random_state(random_state).randint(2**31))
-
-def fits_at_once(n_jobs: int | None, settings: Settings) -> int:
-    "As configured for None, by default one for each CPU; otherwise as scikit-learn counts n_jobs."
-    return settings.training.threads or usable_cpus() if n_jobs is None else effective_n_jobs(n_jobs)
-
 # %% ../nbs/21_classifier.ipynb #3c01b8f9
 def check_training_rows(model, X, y, sample_weight) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "X (N, F) float32, perhaps with NaN, labels (N,) and weights (N,), checked."
@@ -212,6 +204,18 @@ def rows_that_count(model, X: np.ndarray, y: np.ndarray, weight: np.ndarray) -> 
                               "Two classes are needed: use more rows, or other labels.")
     return rows
 
+def seed_of(random_state, settings: Settings) -> int:
+    "The learners' seed: the configured one for None, an integer as it is, a number drawn from a generator."
+    if random_state is None:
+        return settings.seed
+    whole = isinstance(random_state, Integral)
+    return int(random_state if whole else check_random_state(random_state).randint(2**31))
+
+# %% ../nbs/21_classifier.ipynb #eca5a0a7
+def fits_at_once(n_jobs: int | None, settings: Settings) -> int:
+    "As configured for None, by default one for each CPU; otherwise as scikit-learn counts n_jobs."
+    return settings.training.threads or usable_cpus() if n_jobs is None else effective_n_jobs(n_jobs)
+
 def fit_classifier(model, X: np.ndarray, y: np.ndarray, weight: np.ndarray) -> None:
     "Set the fitted attributes of an `EnsembleClassifier`."
     settings, rows = load_settings(), rows_that_count(model, X, y, weight)
@@ -225,10 +229,10 @@ def fit_classifier(model, X: np.ndarray, y: np.ndarray, weight: np.ndarray) -> N
         told = np.searchsorted(classes, y[tested])
         counted, left = count_rows(X[tested], told, weight[tested])
         mixture = learn_mixture(plan, {name: p[counted] for name, p in proba.items()}, told[counted], left, settings)
+    model.learners_ = fit_weighted(make(), X[rows], positions, weight[rows], workers)
     model.classes_, model.parameters_ = classes, parameters
     model.weights_, model.calibration_ = mixture.weights, mixture.calibration
     model.prior_ = np.bincount(positions, weights=weight[rows]) / weight[rows].sum()
-    model.learners_ = fit_weighted(make(), X[rows], positions, weight[rows], workers)
 
 # %% ../nbs/21_classifier.ipynb #cf926b01
 def blended_proba(model, X) -> np.ndarray:
