@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['READERS', 'PLAIN', 'PROBE', 'TrainingSet', 'make_training_set', 'WalkForward', 'settled_before', 'in_parallel',
            'walk_forward', 'join_parts', 'blend', 'Tree', 'floor_float32', 'lightgbm_trees', 'xgboost_trees',
-           'forest_trees', 'walk', 'xgboost_base', 'tree_node', 'learner_nodes', 'to_onnx', 'fit_all', 'trained_proba',
-           'make_ensemble', 'parity_error', 'probe_artefact', 'verify_version']
+           'forest_trees', 'walk', 'xgboost_base', 'turned', 'tree_node', 'learner_nodes', 'to_onnx', 'fit_all',
+           'trained_proba', 'make_ensemble', 'parity_error', 'probe_artefact', 'verify_version']
 
 # %% ../nbs/15_training.ipynb #1366e285
 import json
@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +148,7 @@ class Tree:
     left: np.ndarray       # (M,) int, where the condition holds
     right: np.ndarray      # (M,) int
     leaf: np.ndarray       # (M, O) float64, what a leaf adds to each output
+    reached: np.ndarray    # (M,) how many training rows, or how much of their weight, came to the node
 
 def floor_float32(threshold: np.ndarray) -> np.ndarray:
     "The largest float32 not above each float64."
@@ -168,13 +169,14 @@ def _lightgbm_tree(root: dict, output: int, outputs: int) -> Tree:
         if "split_feature" in node:
             if node["decision_type"] != "<=":
                 raise IntegrityError(f"LightGBM made a {node['decision_type']} split", "Use numeric features only.")
-            rows.append((node["split_feature"], node["threshold"], len(nodes), len(nodes) + 1, leaf))
+            rows.append((node["split_feature"], node["threshold"], len(nodes), len(nodes) + 1, leaf,
+                         node["internal_count"]))
             nodes += [node["left_child"], node["right_child"]]
         else:
             leaf[output] = node["leaf_value"]
-            rows.append((-1, 0.0, 0, 0, leaf))
-    feature, threshold, left, right, leaf = zip(*rows)
-    return Tree(np.array(feature), floor_float32(threshold), np.array(left), np.array(right), np.array(leaf))
+            rows.append((-1, 0.0, 0, 0, leaf, node.get("leaf_count", 0)))
+    feature, threshold, left, right, leaf, reached = map(np.array, zip(*rows))
+    return Tree(feature, floor_float32(threshold), left, right, leaf, reached)
 
 # %% ../nbs/15_training.ipynb #8d79da0e
 def xgboost_trees(learner, outputs: int) -> list[Tree]:
@@ -187,7 +189,7 @@ def _xgboost_tree(tree: dict, output: int, outputs: int) -> Tree:
     value, is_leaf = np.array(tree["split_conditions"], dtype=np.float32), left == -1
     leaf = np.zeros((len(left), outputs))
     leaf[is_leaf, output] = value[is_leaf]
-    return Tree(np.where(is_leaf, -1, tree["split_indices"]), value, left, right, leaf)
+    return Tree(np.where(is_leaf, -1, tree["split_indices"]), value, left, right, leaf, np.array(tree["sum_hessian"]))
 
 def forest_trees(learner, outputs: int) -> list[Tree]:
     "Trees of a fitted RandomForestClassifier: each adds its share of class frequencies (of class 1 for one output)."
@@ -197,7 +199,7 @@ def forest_trees(learner, outputs: int) -> list[Tree]:
         share = tree.value[:, 0, :] / tree.value[:, 0, :].sum(axis=1, keepdims=True) / len(learner.estimators_)
         leaf = np.where((tree.children_left == -1)[:, None], share[:, -outputs:], 0.0)
         trees.append(Tree(np.where(tree.children_left == -1, -1, tree.feature), floor_float32(tree.threshold),
-                          tree.children_left, tree.children_right, leaf))
+                          tree.children_left, tree.children_right, leaf, tree.weighted_n_node_samples))
     return trees
 
 # %% ../nbs/15_training.ipynb #b4c49ef0
@@ -220,9 +222,20 @@ def xgboost_base(learner, trees: list[Tree], features: int) -> np.ndarray:
     margin = np.asarray(learner.predict(row, output_margin=True), dtype=np.float64).reshape(-1)
     return margin - walk(trees, row, strict=True)[0]
 
+# %% ../nbs/15_training.ipynb #c1e00011
+def turned(tree: Tree, features: int, strict: bool) -> Tree:
+    "The same tree over the columns of `both`, with the sides changed where most training rows meet the condition."
+    above = np.nextafter(tree.threshold, np.float32(np.inf), dtype=np.float32)
+    threshold = np.nextafter(-tree.threshold, np.float32(np.inf), dtype=np.float32) if strict else -above
+    turn = (tree.feature >= 0) & (tree.reached[tree.left] > tree.reached[tree.right]) \
+        & (np.abs(threshold) >= np.finfo(np.float32).tiny)
+    return replace(tree, feature=np.where(turn, tree.feature + features, tree.feature),
+                   threshold=np.where(turn, threshold, tree.threshold), left=np.where(turn, tree.right, tree.left),
+                   right=np.where(turn, tree.left, tree.right))
+
 # %% ../nbs/15_training.ipynb #2705499d
 def tree_node(name: str, trees: list[Tree], base: np.ndarray | None, strict: bool):
-    "A TreeEnsembleRegressor node: input `view`, output `<name>_raw`."
+    "A TreeEnsembleRegressor node: input `both`, output `<name>_raw`."
     tree_id = np.concatenate([np.full(len(tree.feature), i) for i, tree in enumerate(trees)])
     node_id = np.concatenate([np.arange(len(tree.feature)) for tree in trees])
     feature, threshold, left, right = (np.concatenate([getattr(tree, part) for tree in trees])
@@ -231,7 +244,7 @@ def tree_node(name: str, trees: list[Tree], base: np.ndarray | None, strict: boo
     where, target = np.nonzero(is_leaf[:, None] & (leaf != 0))
     branch = "BRANCH_LT" if strict else "BRANCH_LEQ"
     return helper.make_node(
-        "TreeEnsembleRegressor", ["view"], [f"{name}_raw"], domain="ai.onnx.ml", n_targets=leaf.shape[1],
+        "TreeEnsembleRegressor", ["both"], [f"{name}_raw"], domain="ai.onnx.ml", n_targets=leaf.shape[1],
         nodes_treeids=tree_id.tolist(), nodes_nodeids=node_id.tolist(),
         nodes_featureids=np.maximum(feature, 0).tolist(),
         nodes_values=np.where(is_leaf, 0, threshold).astype(np.float32).tolist(),
@@ -245,9 +258,10 @@ def tree_node(name: str, trees: list[Tree], base: np.ndarray | None, strict: boo
 READERS = {"lightgbm": lightgbm_trees, "xgboost": xgboost_trees, "random_forest": forest_trees}
 
 def learner_nodes(name: str, learner, outputs: int, features: int) -> list:
-    "The nodes that turn `view` into `<name>_p`, probabilities of one learner."
+    "The nodes that turn `both` into `<name>_p`, probabilities of one learner."
     trees = READERS[name](learner, outputs)
     base = xgboost_base(learner, trees, features) if name == "xgboost" else None
+    trees = [turned(tree, features, strict=name == "xgboost") for tree in trees]
     link = {"random_forest": "Identity"}.get(name, "Sigmoid" if outputs == 1 else "Softmax")
     return [tree_node(name, trees, base, strict=name == "xgboost"),
             helper.make_node(link, [f"{name}_raw"], [f"{name}_p"], **({"axis": 1} if link == "Softmax" else {}))]
@@ -256,7 +270,8 @@ def learner_nodes(name: str, learner, outputs: int, features: int) -> list:
 def to_onnx(learners: dict, weights: dict[str, float], classes: int, features: int) -> bytes:
     "The blend of fitted learners as one graph: `view` (N, features) float32 -> `probabilities` (N, classes) float32."
     outputs = 1 if classes == 2 else classes
-    nodes, constants = [], []
+    nodes, constants = [helper.make_node("Neg", ["view"], ["negative"]),
+                        helper.make_node("Concat", ["view", "negative"], ["both"], axis=1)], []
     for name, learner in learners.items():
         nodes += learner_nodes(name, learner, outputs, features)
         nodes.append(helper.make_node("Mul", [f"{name}_p", f"{name}_weight"], [f"{name}_share"]))
@@ -296,7 +311,8 @@ def trained_proba(learners: dict, view: np.ndarray, weights: dict, calibration: 
     return np.column_stack([1 - p, p])
 
 def make_ensemble(data: TrainingSet, learners: dict, weights: dict, decision_threshold: float,
-                  calibration: dict = PLAIN, max_age_days: float = 14.0, range_margin: float = 1.0) -> ProductionEnsemble:
+                  calibration: dict = PLAIN, max_age_days: float = 14.0,
+                  range_margin: float = 1.0) -> ProductionEnsemble:
     "Fitted learners as the production artefact, with canary rows spread over the history."
     rows = np.linspace(0, len(data) - 1, 16).astype(int)
     expected = trained_proba(learners, data.view[rows], weights, calibration)
