@@ -289,6 +289,9 @@ def explain(error: ValidationError) -> ConfigError:
     "A pydantic error in the product's own words."
     told = []
     for fault in error.errors():
+        if not fault["loc"]:                     # of several settings together: the message names them
+            told.append(fault["msg"].removeprefix("Value error, "))
+            continue
         where = ".".join(str(part) for part in fault["loc"])
         found = "" if fault["type"] in ("missing", "extra_forbidden") else f" (found {fault['input']!r})"
         what = {"extra_forbidden": "is no setting", "missing": "is missing"}.get(fault["type"], fault["msg"])

@@ -7,10 +7,10 @@ __all__ = ['INHERITED', 'EPOCH', 'DAY', 'HAIR', 'PIECE', 'NAMES', 'ONE_DAY', 'Fo
            'Bundle', 'make_bundle', 'canary_answers', 'in_utc', 'nanoseconds', 'told_time', 'range_of', 'range_limits',
            'outside', 'calibrate', 'run_graph', 'fill_answers', 'answer_row', 'feature_rows', 'check_maker',
            'check_names', 'check_rows', 'single_row', 'why_incomplete', 'Decision', 'decision_of', 'age_reason',
-           'decide_row', 'Feed', 'Live', 'Answers', 'ProductionEnsemble', 'begin', 'restore_ensemble',
-           'metadata_beside', 'load_file', 'canary_rows', 'predict_proba', 'decide_bar', 'decide_values', 'decide_all',
-           'mark_of', 'read_exactly', 'reload', 'replace_feed', 'labels_of', 'weighted_f1', 'figures_of', 'model_info',
-           'expiry_of', 'describe', 'describe_richly']
+           'decide_row', 'Feed', 'Live', 'rhythm_of', 'Answers', 'File', 'ProductionEnsemble', 'begin',
+           'restore_ensemble', 'metadata_beside', 'load_file', 'canary_rows', 'predict_proba', 'decide_bar',
+           'decide_values', 'decide_all', 'mark_of', 'read_exactly', 'reload', 'replace_feed', 'labels_of',
+           'weighted_f1', 'figures_of', 'model_info', 'expiry_of', 'describe', 'describe_richly']
 
 # %% ../nbs/07_ensemble.ipynb #c5b50cb4
 import math
@@ -393,17 +393,20 @@ def decide_row(bundle: Bundle, values: list[float], expired: str, incomplete: Ca
 class Feed:
     """The bars of one market on their way to decisions: the stream, its lock, and the time of the newest bar."""
 
-    def __init__(self, manager: FeatureManager, history=None):
-        self.manager, self.lock = manager, ForkLock()
+    def __init__(self, manager: FeatureManager, rhythm: int = 0, history=None):
+        self.manager, self.lock, self.rhythm = manager, ForkLock(), rhythm
         self.begin()
         if history is not None:
             self.stream.warm_up(history)
             times = bar_times(history.index)
             self.bars, self.newest, self.interval = len(times), int(times[-1]), bar_interval(times)
+            if rhythm and self.interval != rhythm:
+                raise GapError(f"the bars are {self.interval / 6e10:g} minutes apart, those the model learned from "
+                               f"{rhythm / 6e10:g}", "Hand in bars of the same length, or retrain on these.")
 
     def begin(self) -> None:
         "Forget all bars."
-        self.stream, self.bars, self.newest, self.interval = self.manager.stream(), 0, None, 0
+        self.stream, self.bars, self.newest, self.interval = self.manager.stream(), 0, None, self.rhythm
 
     def step(self, bar: tuple, time: int | None) -> tuple[list[float], int]:
         "Take a bar: its features, and how many bars there were. A bar that breaks a rule changes nothing."
@@ -414,6 +417,8 @@ class Feed:
             apart = self.check_time(time)
             values = self.stream.step(*bar).tolist()
             self.bars += 1
+            if time is None and self.newest is not None and self.rhythm:
+                time = self.newest + self.rhythm            # one bar on, although nobody said so
             self.newest, self.interval = time, self.interval or apart
             return values, self.bars
 
@@ -440,6 +445,13 @@ class Live:
     """What answers at this moment: a version, and the bars it sees."""
     bundle: Bundle
     feed: Feed
+
+def rhythm_of(bundle: Bundle) -> int:
+    "Nanoseconds from bar to bar in what the model learned from; 0 where it is not told, or the market closes."
+    data = bundle.metadata.get("data")
+    minutes = data.get("interval_minutes") if isinstance(data, dict) else None
+    told = type(minutes) in (int, float) and math.isfinite(minutes) and bundle.manager.calendar == "continuous"
+    return round(minutes * 6e10) if told else 0
 
 # %% ../nbs/07_ensemble.ipynb #a1c05e51
 class Answers:
@@ -469,6 +481,15 @@ class Answers:
     def validate_predictions(self, X, y) -> dict:
         "Figures of this version on labelled rows: see `figures_of`."
         return figures_of(self._live.bundle, X, y)
+
+# %% ../nbs/07_ensemble.ipynb #669e7666
+@dataclass(frozen=True)
+class File:
+    """What lies in a model file: a payload that opens as a `ProductionEnsemble`."""
+    payload: dict
+
+    def __reduce__(self):
+        return restore_ensemble, (self.payload,)
 
 # %% ../nbs/07_ensemble.ipynb #a1c05e30
 class ProductionEnsemble(Answers):
@@ -528,10 +549,11 @@ class ProductionEnsemble(Answers):
 
     def to_bytes(self) -> bytes:
         "The model file."
-        return pickle.dumps(self, protocol=5)
+        return pickle.dumps(File(self._live.bundle.payload), protocol=5)
 
     def __reduce__(self):
-        return restore_ensemble, (self._live.bundle.payload,)
+        bundle = self._live.bundle
+        return restore_ensemble, (bundle.payload, bundle.metadata, bundle.manager, self._clock)
 
     def __repr__(self) -> str:
         return describe(self._live.bundle)
@@ -543,7 +565,7 @@ class ProductionEnsemble(Answers):
 def begin(ensemble: ProductionEnsemble, bundle: Bundle, clock: Callable[[], datetime], store: ModelStore | None = None,
           seen: tuple | None = None) -> ProductionEnsemble:
     "Give a new ensemble its version, an empty stream, and the store it follows."
-    ensemble._live, ensemble._clock = Live(bundle, Feed(bundle.manager)), clock
+    ensemble._live, ensemble._clock = Live(bundle, Feed(bundle.manager, rhythm_of(bundle))), clock
     ensemble._store, ensemble._seen, ensemble._changing = store, seen, ForkLock()
     return ensemble
 
@@ -563,8 +585,8 @@ def load_file(path: Path, features: FeatureManager | None = None,
     "An ensemble from a file, verified where metadata lies beside it."
     try:
         model = path.read_bytes()
-    except FileNotFoundError:
-        raise ModelNotFoundError(f"{path} is not there",
+    except OSError as error:
+        raise ModelNotFoundError(f"{path} cannot be read ({error.strerror})",
                                  "Name a version (`ml-ensemble history`) or an existing file.") from None
     metadata = metadata_beside(path)
     if metadata:
@@ -646,7 +668,7 @@ def reload(ensemble: ProductionEnsemble, features: FeatureManager | None) -> boo
             wanted = features or live.bundle.manager
             bundle = make_bundle(read_payload(read_exactly(store, facts)), facts, wanted)
             kept = (wanted.fingerprint, wanted.calendar) == (live.feed.manager.fingerprint, live.feed.manager.calendar)
-            ensemble._live = Live(bundle, live.feed if kept else Feed(wanted))
+            ensemble._live = Live(bundle, live.feed if kept else Feed(wanted, rhythm_of(bundle)))
         ensemble._seen = mark
     return not same
 
@@ -654,7 +676,7 @@ def replace_feed(ensemble: ProductionEnsemble, candles) -> ProductionEnsemble:
     "Put a stream with this history in the place of the present one; on an error that one stays."
     with ensemble._changing:
         bundle = ensemble._live.bundle
-        ensemble._live = Live(bundle, Feed(bundle.manager, candles))
+        ensemble._live = Live(bundle, Feed(bundle.manager, rhythm_of(bundle), candles))
     return ensemble
 
 # %% ../nbs/07_ensemble.ipynb #a1c05e34

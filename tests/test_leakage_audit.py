@@ -321,7 +321,8 @@ def test_a_fit_that_reads_more_than_its_training_part_is_named(kind):
 
 
 def test_skill_without_anything_to_learn_is_a_leak():
-    trees_on_all = lambda rows, train, test: OWN.fit_predict(rows, np.arange(len(rows.y)), test)
+    learns_by_heart = pipeline("num_leaves=31", "min_child_samples=5", "subsample=1", "max_samples=1", "min_samples_leaf=2")
+    trees_on_all = lambda rows, train, test: learns_by_heart.fit_predict(rows, np.arange(len(rows.y)), test)
     found = audit(CANDLES, replace(OWN, fit_predict=trees_on_all), cuts=16)
     assert culprits(found, "shuffled labels") == {"fit_predict"} and culprits(found, "fit window") == {"probabilities"}
 

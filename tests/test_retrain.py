@@ -174,6 +174,13 @@ def test_early_stopping_and_weights_reach_the_learners_and_are_told(twice):
         load_settings(["class_weight=balanced", "calibration=none"])
 
 
+def test_an_isotonic_version_answers_as_its_learners_do(store):
+    """Its steps once made a millionth of a probability into a hundred-thousandth, and the gate refused."""
+    outcome = run(store, "calibration=isotonic", "n_splits=2")
+    parity = next(c for c in outcome.verdict.criteria if c.name == "artefact parity")
+    assert parity.status == "pass" and outcome.metadata["artefact"]["parity_error"] > 0
+
+
 def test_too_little_data_is_a_verdict_of_its_own(twice, tmp_path, inbox):
     outcome = run(ModelStore(tmp_path / "models"), "min_samples=5000")
     assert not outcome.promoted and outcome.verdict.outcome == "not enough evidence"

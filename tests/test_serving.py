@@ -1,8 +1,10 @@
 """Serving: decisions bar by bar equal the backtest, belong to one version, and are withheld where nobody can know."""
+import copy
 import dataclasses
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -672,3 +674,38 @@ def test_the_exported_graph_passes_custom_features_through_and_tells_of_them():
                                                 "formula": "highest high over lowest low of 4 bars, minus 1"}
     assert told["fingerprint"] == wide.fingerprint and json.loads(told["classes"]) == [0, 1]
     assert "float64" in told["how_to_feed"]
+
+
+# --- what a stranger broke --------------------------------------------------------------------------------------------
+
+
+def told_rhythm():
+    """A model that knows it learned from bars of four hours."""
+    data = {"interval_minutes": 240.0, "calendar": "continuous", "to": "2099-01-01T00:00:00+00:00"}
+    return restore_ensemble(read_payload(sandbox_ensemble().to_bytes()), {"data": data, "version": "20990101-0001"})
+
+
+def test_bars_of_another_length_are_refused():
+    model, candles = told_rhythm(), simulate_market(300, seed=8)[0]
+    with pytest.raises(GapError, match="480 minutes apart, those the model learned from 240"):
+        model.warm_up(candles.iloc[::2])
+    assert model.warm_up(candles.iloc[:200]).decide(*bars(candles)[200], time=candles.index[200]).reason == ""
+
+
+def test_a_bar_without_a_time_counts_as_the_next_one():
+    model, candles = told_rhythm(), simulate_market(300, seed=8)[0]
+    rows, times = bars(candles), candles.index
+    model.warm_up(candles.iloc[:200]).decide(*rows[200])
+    with pytest.raises(GapError, match="247 minutes after the bar before, the others 240"):
+        model.decide(*rows[201], time=times[201] + timedelta(minutes=7))
+    assert model.decide(*rows[201], time=times[201]).reason == ""
+
+
+def test_a_pickled_copy_keeps_its_version_and_its_age_limit():
+    model = told_rhythm()
+    row = FeatureManager().generate_features(simulate_market(300, seed=8)[0]).to_numpy()[-1]
+    for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert again.get_model_info() == model.get_model_info()
+        late = datetime(2100, 1, 1, tzinfo=timezone.utc)
+        assert "expired" in again.predict_one(row, time=late).reason
+    assert read_payload(model.to_bytes()) == read_payload(sandbox_ensemble().to_bytes())
