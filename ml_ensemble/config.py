@@ -44,7 +44,10 @@ class Data(Section):
     max_fill: Annotated[float, Field(ge=0, le=1)]
     min_bars: Annotated[int, Field(ge=100)]
     sandbox_seed: Annotated[int, Field(ge=0)]
-    sandbox_strength: NonNegative
+    sandbox_strength: Annotated[float, Field(ge=0, le=0.9)]
+    sandbox_spread: Annotated[float, Field(ge=0, le=0.1)]
+    sandbox_volatility: Annotated[float, Field(gt=0, le=0.1)]
+    sandbox_clustering: Annotated[float, Field(ge=0, le=1)]
 
 class Features(Section):
     """Columns beyond the 12."""
@@ -56,6 +59,7 @@ class Labels(Section):
     horizon: Annotated[int, Field(ge=1, le=1000)]
     threshold: Annotated[float, Field(ge=0, lt=1)]
     classes: Literal[2, 3]
+    entry: Literal["next_open", "close"]
 
 # %% ../nbs/10_config.ipynb #bbe0170b
 class Validation(Section):
@@ -123,7 +127,7 @@ class Ensemble(Section):
     calibration: Literal["auto", "none", "platt", "isotonic"]
     calibration_shrinkage: NonNegative
     decision_threshold: Annotated[float, Field(gt=0, lt=1)]
-    objective: Literal["fixed", "f1", "profit"]
+    objective: Literal["fixed", "f1", "profit", "sharpe"]
 
 class Trading(Section):
     """What a change of position costs, as shares of the price."""
