@@ -90,12 +90,19 @@ class Backtest:
 
     def to_dict(self) -> dict:
         "JSON-safe."
-        return {"model": asdict(self.model), "buy_and_hold": asdict(self.hold), "cost": self.cost, "trials": self.trials}
+        return {"model": asdict(self.model), "buy_and_hold": asdict(self.hold), "cost": self.cost, "trials": self.trials,
+                "caution": self.warning}
 
     @property
     def too_good(self) -> bool:
         "True for a Sharpe ratio above 8 or more than 300 % a year."
         return self.model.sharpe > MAX_SHARPE or (self.model.yearly_return or 0) > MAX_YEARLY
+
+    @property
+    def warning(self) -> str:
+        "Why not to believe it; empty for figures that a market can give."
+        why = self.caution or "Look for a price that could not be had, or a leak."
+        return f"Too good for a market. {why}" if self.too_good else ""
 
     def _repr_markdown_(self) -> str:
         head = (f"{len(self.time):,} bars out of sample, {self.cost:.3%} for each change of position, "
@@ -105,8 +112,7 @@ class Backtest:
         show = lambda of, name: "–" if (v := getattr(of, name.replace(" ", "_"))) is None else f"{v:{formats[name]}}"
         rows = "\n".join(f"| {name} | {show(self.model, name)} | {show(self.hold, name)} |" for name in formats)
         short = "" if self.model.yearly_return is not None else "\n\nLess than half a year: no yearly return is quoted."
-        why = self.caution or "Look for a price that could not be had, or a leak."
-        return head + rows + short + (f"\n\n**Too good for a market.** {why}" if self.too_good else "")
+        return head + rows + short + (f"\n\n**{self.warning}**" if self.warning else "")
 
 # %% ../nbs/18_backtest.ipynb #6ae91139
 def check_rows(time: pd.DatetimeIndex, decisions: np.ndarray, returns: np.ndarray) -> None:

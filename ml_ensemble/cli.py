@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Source', 'Days', 'Set', 'INTERRUPTED', 'console', 'fail', 'main', 'run', 'retrain', 'log_to_stderr',
-           'verdict_table', 'show_outcome', 'nearby', 'plan', 'show_plan', 'check', 'audit', 'show_audit', 'history',
-           'rollback', 'backup', 'predict', 'show_predictions', 'export']
+           'verdict_table', 'show_outcome', 'money_line', 'nearby', 'plan', 'show_plan', 'check', 'audit', 'show_audit',
+           'history', 'rollback', 'backup', 'predict', 'show_predictions', 'export']
 
 # %% ../nbs/29_cli.ipynb #d27af15f
 import json
@@ -78,6 +78,8 @@ def retrain(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show state and plan; write nothing.")] = False,
     require_promotion: Annotated[bool, typer.Option(
         "--require-promotion", help="Exit 3 when the gate refuses.")] = False,
+    accept_change: Annotated[bool, typer.Option(
+        "--accept-change", help="Promote also when labels, features or market differ from production's.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print what the notebook prints.")] = False,
     as_json: Json = False,
 ):
@@ -89,7 +91,7 @@ def retrain(
         log_to_stderr()
     if not as_json:
         Console(stderr=True).print("Retraining: about a minute on two cores ...")
-    outcome = retraining.retrain(source, days, tuple(set_ or ()), verbose=verbose)
+    outcome = retraining.retrain(source, days, tuple(set_ or ()), verbose=verbose, accept_change=accept_change)
     if as_json:
         print(readable_json(outcome.to_dict()), end="")
     else:
@@ -121,9 +123,18 @@ def show_outcome(outcome) -> None:
         out.print(f"[bold green]Version {outcome.version} is in production.[/]")
     else:
         out.print(f"[bold red]Not promoted.[/] In production: {outcome.current or 'nothing yet'}.")
+    out.print(escape(outcome.metadata["skill_sources"]["sentence"]), soft_wrap=True)
     out.print(f"Out of sample: skill {figures['metrics']['skill']:.3f} (95 % {low:.3f} to {high:.3f}), "
-              f"weighted F1 {figures['metrics']['weighted_f1']:.3f}")
+              f"weighted F1 {figures['metrics']['weighted_f1']:.3f}, {money_line(outcome.metadata['backtest'])}")
     out.print(f"Report: {escape(nearby(outcome.report.with_suffix('.html')))}", soft_wrap=True)
+
+def money_line(result: dict) -> str:
+    "What the decisions earned after costs, in a few words."
+    model, cost = result["model"], result["cost"]
+    if not model["exposure"]:
+        return f"no buy that pays {cost:.2%} a side"
+    caution = f". {result['caution']}" if result.get("caution") else ""
+    return f"net {model['net_return']:.1%} after {cost:.2%} a side, Sharpe ratio {model['sharpe']:.2f}{caution}"
 
 def nearby(path: Path) -> str:
     "A path as seen from here, when it lies below."

@@ -155,9 +155,13 @@ class Evaluation(Section):
 class Gate(Section):
     """What a new version must reach."""
     min_samples: Count
+    min_class_rows: Count
+    f1_rule: Literal["floor", "over_majority"]
     min_weighted_f1: Limit
     min_f1_over_majority: Limit
     min_skill_lower: Limit
+    min_direction_lower: Limit
+    min_probabilistic_sharpe: Share
     max_calibration_error: Share
     champion_margin: Annotated[float, Field(ge=0, le=1)]
     champion_recipe_margin: Annotated[float, Field(ge=0, le=1)]

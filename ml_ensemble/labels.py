@@ -103,11 +103,5 @@ METHODS = {"forward_return": forward_return_labels, "triple_barrier": triple_bar
 
 def make_labels(candles: pd.DataFrame, method: str, horizon: int, threshold: float, classes: int,
                 entry: str = "next_open") -> pd.DataFrame:
-    "Labels by the method's name; every class must occur, or nothing can be learned."
-    labels = METHODS[method](candles, horizon, threshold, classes, entry)
-    wanted = (0, 1) if classes == 2 else (-1, 0, 1)
-    counts = {value: int((labels["label"] == value).sum()) for value in wanted}
-    if min(counts.values()) == 0:
-        raise ValidationError(f"a class has no bar at all at threshold {threshold:g}: {counts}",
-                              "Use another threshold (--set labels.threshold=...) or more data.")
-    return labels
+    "Labels by the method's name, as the configuration gives them."
+    return METHODS[method](candles, horizon, threshold, classes, entry)

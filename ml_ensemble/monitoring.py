@@ -108,8 +108,10 @@ def check_figures(info: dict, settings: Settings) -> Finding:
     "Out-of-sample figures the version carries, against the floor."
     figures = info["metrics"]["metrics"]
     low, high = info["metrics"]["intervals"]["skill"]
-    f1, floor = figures["weighted_f1"], settings.gate.min_weighted_f1
-    seen = f"weighted F1 {f1:.3f} (floor {floor:g}), skill {figures['skill']:.3f} [{low:.3f}, {high:.3f}] out of sample"
+    by_floor = settings.gate.f1_rule == "floor"
+    f1, floor = ((figures["weighted_f1"], settings.gate.min_weighted_f1) if by_floor else
+                 (figures["weighted_f1_minus_majority"], settings.gate.min_f1_over_majority))
+    seen = f"weighted F1{'' if by_floor else ' over the majority'} {f1:.3f} (floor {floor:g}), skill {figures['skill']:.3f} [{low:.3f}, {high:.3f}] out of sample"
     return Finding("figures", "ok", seen) if f1 >= floor else Finding("figures", "fault", seen, "Retrain or roll back.")
 
 def check_facts(info: dict, settings: Settings, now: datetime) -> list[Finding]:
