@@ -93,7 +93,7 @@ def reachable_skill(settings: Settings, market: Market) -> str:
     best = best_skill(market.candles, market.truth, labels.threshold, labels.classes, labels.entry)
     return f"Skill is 1 - log loss / log loss of the training prior. The best reachable on these labels is {best:.3f}."
 
-# %% ../nbs/27_retraining.ipynb #43be06dc
+# %% ../nbs/27_retraining.ipynb #b2f77d45
 @dataclass(frozen=True)
 class LabelEconomics:
     """Whether a buy that comes true pays its costs."""
@@ -226,7 +226,7 @@ def importance(settings: Settings, data: TrainingSet, walk: WalkForward, mixed: 
     return permutation_importance(predict, data.view[rows], walk.y[newest], walk.prior[newest], walk.classes,
                                   view_names(data.manager), seed=settings.seed)
 
-# %% ../nbs/27_retraining.ipynb #77e5806d
+# %% ../nbs/27_retraining.ipynb #c0a68dcd
 def with_entry(settings: Settings, entry: str) -> Settings:
     "The same settings with labels from another entry."
     return settings.model_copy(update={"labels": settings.labels.model_copy(update={"entry": entry})})
@@ -333,7 +333,7 @@ def compare_with_production(settings: Settings, market: Market, data: TrainingSe
                                 seed=settings.seed, replications=settings.evaluation.replications)
     return lived, compare_champion_recipe(settings, market, data, mixed, facts, progress), []
 
-# %% ../nbs/27_retraining.ipynb #ba4fc4db
+# %% ../nbs/27_retraining.ipynb #e95dca52
 def threshold_remedy(settings: Settings, walk: WalkForward, evaluation: Evaluation) -> str:
     "A setting that was tried and lifts a low F1 without losing the money; empty when there is none, or no need."
     limits, figures = settings.gate, evaluation.metrics
