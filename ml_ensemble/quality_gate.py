@@ -163,8 +163,9 @@ def rarest_criterion(found: Findings, limits: Gate) -> Criterion:
     "Of a class that hardly occurs nothing can be learned or judged."
     name, rows = found.rarest
     needed = _within_reach(found.samples * limits.min_class_rows / rows, found.samples) if rows else None
-    remedy = (f"{name} occurs {rows:,} times in the bars that are judged: " + ("" if rows else "never, so ")
-              + "another labels.threshold, a longer labels.horizon or longer bars make it more common.")
+    often = f"occurs {rows:,} times" if rows else "never occurs"
+    remedy = (f"{name} {often} in the bars that are judged: another labels.threshold, a longer labels.horizon or longer bars "
+              "make it more common.")
     return Criterion("rows of the rarest class", rows, ">=", limits.min_class_rows, remedy, note=name, bars_needed=needed,
                      undecided=True)
 
