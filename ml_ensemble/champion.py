@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Comparison', 'meaning', 'meaning_of', 'changed_meaning', 'Period', 'production_periods', 'LivedRecord',
-           'lived_record', 'compare_with_record', 'bars_per_week', 'compare_recipes']
+           'lived_record', 'compare_with_record', 'too_few', 'bars_per_week', 'compare_recipes']
 
 # %% ../nbs/21_champion.ipynb #3d699a86
 from dataclasses import dataclass
@@ -143,21 +143,27 @@ def compare_with_record(
     versions = list(dict.fromkeys(record.version[theirs].tolist()))
     lost = f"; left out: {'; '.join(record.gaps)}" if record.gaps else ""
     if len(common) < min_rows:
-        weeks = (min_rows - len(common)) / bars_per_week(oos.time)
-        lived = (f"{len(common)} bars were lived by {len(versions)} version{'s' if len(versions) > 1 else ''} so far"
-                 if versions else "no bar is newer than the version in production")
-        return Comparison(len(common), note=f"{lived}; {min_rows} are needed: about {np.ceil(weeks):.0f} more weeks{lost}",
-                          weeks_needed=float(weeks))
+        return too_few(len(common), len(versions), min_rows, bars_per_week(oos.time), lost)
     difference = paired_skill_difference(oos.y[ours], oos.proba[ours], record.proba[theirs], oos.prior[ours], oos.classes,
                                          replications, seed=seed, horizon=horizon)
     names = versions[0] if len(versions) == 1 else f"{len(versions)} versions, {versions[0]} to {versions[-1]},"
     return Comparison(len(common), *difference, note=f"against {names} on {len(common)} bars as lived{lost}")
+
+# %% ../nbs/21_champion.ipynb #08362331
+def too_few(rows: int, versions: int, min_rows: int, per_week: float, lost: str) -> Comparison:
+    "No comparison yet, and the weeks until there is one."
+    weeks = (min_rows - rows) / per_week
+    lived = (f"{rows} bars were lived by {versions} version{'s' if versions > 1 else ''} so far" if versions
+             else "no bar is newer than the version in production")
+    return Comparison(rows, note=f"{lived}; {min_rows} are needed: about {np.ceil(weeks):.0f} more weeks{lost}",
+                      weeks_needed=float(weeks))
 
 def bars_per_week(time: pd.DatetimeIndex) -> float:
     "Bars in a week, nights and weekends of the market left out."
     span = (time[-1] - time[0]) / pd.Timedelta(days=7)
     return (len(time) - 1) / span if span > 0 else 1.0
 
+# %% ../nbs/21_champion.ipynb #8c87a385
 def compare_recipes(
     challenger: OutOfSample,
     champion: OutOfSample,      # of the champion's recipe, by a walk-forward over the same bars

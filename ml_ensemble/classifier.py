@@ -75,10 +75,11 @@ def count_rows(
         return np.arange(len(X)), None
     return np.repeat(order, weight[order].astype(int)), None
 
-def fit_weighted(learners: dict, X: np.ndarray, positions: np.ndarray, weight: np.ndarray, workers: int) -> dict:
+def fit_weighted(learners: dict, X: np.ndarray, positions: np.ndarray, weight: np.ndarray, workers: int,
+                 classes: int) -> dict:
     "Fit each learner on rows that count as their weights say, `workers` at once; returns them."
     rows, left = count_rows(X, positions, weight)
-    work = lambda learner: fit_learner(learner, X[rows], positions[rows], weight=left)
+    work = lambda learner: fit_learner(learner, X[rows], positions[rows], weight=left, classes=classes)
     list(in_parallel(work, [(learner,) for learner in learners.values()], workers))
     return learners
 
@@ -132,7 +133,7 @@ def out_of_fold(make, X: np.ndarray, y: np.ndarray, weight: np.ndarray, classes:
     "Each learner's probabilities of the test rows (name -> (M, K)), fold after fold; and these row numbers (M,)."
     parts = []
     for train, test in folds:
-        learners = fit_weighted(make(), X[train], encode(y[train], classes), weight[train], workers)
+        learners = fit_weighted(make(), X[train], encode(y[train], classes), weight[train], workers, len(classes))
         parts.append({name: predict_learner(learner, X[test]) for name, learner in learners.items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in NAMES}, np.concatenate(
         [test for _, test in folds])
@@ -229,7 +230,7 @@ def fit_classifier(model, X: np.ndarray, y: np.ndarray, weight: np.ndarray) -> N
         told = np.searchsorted(classes, y[tested])
         counted, left = count_rows(X[tested], told, weight[tested])
         mixture = learn_mixture(plan, {name: p[counted] for name, p in proba.items()}, told[counted], left, settings)
-    model.learners_ = fit_weighted(make(), X[rows], positions, weight[rows], workers)
+    model.learners_ = fit_weighted(make(), X[rows], positions, weight[rows], workers, len(classes))
     model.classes_, model.parameters_ = classes, parameters
     model.weights_, model.calibration_ = mixture.weights, mixture.calibration
     model.prior_ = np.bincount(positions, weights=weight[rows]) / weight[rows].sum()

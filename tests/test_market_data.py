@@ -275,62 +275,89 @@ def test_the_schema_and_the_rules_of_the_features_agree():
 
 # The sandbox
 
+KINDS = {"documented": {}, "noise": {"strength": 0, "spread": 0, "clustering": 0}, "volatility": {"strength": 0, "spread": 0},
+         "bounce": {"strength": 0, "spread": 0.006, "volatility": 0.003}}
 MARKETS = [simulate_market(seed=seed) for seed in range(6)]
 
 
-def labels(candles, threshold=0.003):
-    close = candles["close"].to_numpy()
-    return close[1:] / close[:-1] - 1 > threshold
+def labels(candles, threshold, entry):
+    """(T - 2,) bool, whether the return from the entry over one bar is above the threshold."""
+    price = (candles["open"].shift(-1) if entry == "next_open" else candles["close"]).to_numpy()
+    return (price[1:] / price[:-1] - 1 > threshold)[:len(price) - 2]
 
 
+@pytest.mark.parametrize("entry", ["next_open", "close"])
 @pytest.mark.parametrize("threshold", [0.003, -0.01, 0.0, 0.01])
-@pytest.mark.parametrize("strength", [0, 1])
-def test_the_truth_is_calibrated_at_any_threshold(threshold, strength):
-    markets = MARKETS if strength else [simulate_market(seed=seed, strength=0) for seed in range(6)]
-    p = np.concatenate([true_probability(truth, threshold).to_numpy()[:-1] for _, truth in markets])
-    y = np.concatenate([labels(candles, threshold) for candles, _ in markets])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_truth_is_calibrated_at_any_threshold_and_entry(kind, threshold, entry):
+    markets = MARKETS if kind == "documented" else [simulate_market(seed=seed, **KINDS[kind]) for seed in range(6)]
+    p = np.concatenate([true_probability(*market, threshold, entry).to_numpy()[:-2] for market in markets])
+    y = np.concatenate([labels(candles, threshold, entry) for candles, _ in markets])
     for part in np.array_split(np.argsort(p, kind="stable"), 10):
         error = math.sqrt((p[part] * (1 - p[part])).sum()) / len(part)
         assert abs(y[part].mean() - p[part].mean()) < 4 * error
 
 
-def test_another_threshold_can_be_planted():
-    candles, truth = simulate_market(seed=3, threshold=0.0)
-    np.testing.assert_allclose(true_probability(truth, 0.0), truth["p_up"], atol=1e-9)
-    assert abs(labels(candles, 0.0).mean() - truth["p_up"].mean()) < 4 * 0.5 / math.sqrt(6600)
+def test_without_signal_spread_and_clustering_there_is_nothing_to_know():
+    market = simulate_market(seed=5, **KINDS["noise"])
+    for threshold, classes, entry in ((0.003, 2, "next_open"), (0.01, 2, "close"), (0.003, 3, "next_open")):
+        assert abs(best_skill(*market, threshold, classes, entry)) < 1e-12
 
 
-def test_without_a_signal_the_label_is_one_coin():
-    candles, truth = simulate_market(seed=5, strength=0)
-    assert truth["p_up"].nunique() == 1 and abs(best_skill(truth)) < 1e-12
-    assert truth["volatility"].autocorr(10) > 0.5
-    wild = truth["volatility"].to_numpy()[:-1] > truth["volatility"].median()
-    y = labels(candles)
-    assert abs(y[wild].mean() - y[~wild].mean()) < 4 * math.sqrt(0.24 * 4 / len(y))
+def test_volatility_alone_makes_a_label_forecastable_and_bounce_only_at_the_close():
+    wild = [simulate_market(seed=seed, **KINDS["volatility"]) for seed in range(3)]
+    assert min(best_skill(*market) for market in wild) > 0.003
+    assert wild[0][1]["volatility"].autocorr(10) > 0.5 and abs(wild[0][1]["drift"]).max() < 0.01
+    for seed in range(3):
+        market = simulate_market(seed=seed, **KINDS["bounce"])
+        assert best_skill(*market, entry="close") > 0.1 > 0.02 > best_skill(*market)
 
 
 def test_the_signal_is_in_the_features():
     for candles, truth in MARKETS[:2]:
         features = FeatureManager().generate_features(candles)
         shown = -np.tanh(features["zscore"]) + 0.4 * np.tanh(np.log(features["volume_ratio"]))
-        told = np.log(truth["p_up"] / (1 - truth["p_up"]))
+        planted = truth["drift"] / truth["volatility"]
         known = shown.notna()
-        assert np.corrcoef(shown[known], told[known])[0, 1] > 1 - 1e-9
+        assert np.corrcoef(shown[known], planted[known])[0, 1] > 0.98       # of recorded closes, not of efficient ones
+
+
+def test_the_drift_is_the_mean_and_the_volatility_the_deviation_of_what_follows():
+    candles, truth = simulate_market(20_000, seed=9, strength=0.3)
+    moved = np.log(truth["efficient"]).diff().to_numpy()[1:]
+    surprise = (moved - truth["drift"].to_numpy()[:-1]) / truth["volatility"].to_numpy()[:-1]
+    assert abs(surprise.mean()) < 4 / math.sqrt(len(surprise)) and abs(surprise.std() - 1) < 0.03
+    signal = (truth["drift"] + truth["volatility"]**2 / 2) / truth["volatility"]
+    assert abs(np.corrcoef(moved / truth["volatility"].to_numpy()[:-1], signal.to_numpy()[:-1])[0, 1] - 0.3) < 0.03
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.002, 0.008])
+def test_opens_and_closes_are_a_bid_or_an_ask_of_the_efficient_price(spread):
+    candles, truth = simulate_market(3000, seed=2, spread=spread)
+    side = np.log(candles["close"] / truth["efficient"])
+    np.testing.assert_allclose(abs(side), spread / 2, atol=1e-12)
+    opened = np.log(candles["open"].iloc[1:].to_numpy() / truth["efficient"].iloc[:-1].to_numpy())
+    np.testing.assert_allclose(abs(opened), spread / 2, atol=1e-12)
+    if spread:
+        assert abs(np.sign(side).mean()) < 4 / math.sqrt(3000)
+        assert abs(np.corrcoef(np.sign(side[:-1]), np.sign(opened))[0, 1]) < 4 / math.sqrt(3000)
 
 
 def test_candles_hold_nothing_but_candles_and_no_future():
     candles, truth = MARKETS[0]
     assert tuple(candles.columns) == OHLCV and not candles.attrs
-    assert (candles["open"].to_numpy()[1:] == candles["close"].to_numpy()[:-1]).all()
     validate(candles)
     assert candles.index.equals(truth.index) and truth.notna().all(axis=None)
+    short = simulate_market(3000, seed=0)          # draws differ with the length, but never what is known of them
+    assert short[0].index.equals(candles.index[:3000])
 
 
 def test_prices_stay_sane_over_many_years():
     for seed in range(8):
-        for strength in (0, 1):
+        for strength in (0, 0.25):
             candles, _ = simulate_market(20_000, seed, strength)
-            assert 5e6 / 20 < candles["low"].min() and candles["high"].max() < 5e6 * 20
+            assert 5e6 / 3000 < candles["low"].min() and candles["high"].max() < 5e6 * 3000
+            validate(candles)
 
 
 def test_the_same_seed_is_the_same_market_and_another_is_not():

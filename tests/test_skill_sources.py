@@ -1,0 +1,213 @@
+"""What a skill is made of: illusions are named on simulated markets, and on rare labels a verdict comes out."""
+import numpy as np
+import pandas as pd
+import pytest
+
+from ml_ensemble.backtest import backtest
+from ml_ensemble.champion import Comparison
+from ml_ensemble.config import load_settings
+from ml_ensemble.labels import forward_return_labels, next_returns, triple_barrier_labels
+from ml_ensemble.market_data import simulate_market
+from ml_ensemble.quality_gate import Findings, judge
+from ml_ensemble.retraining import (evaluate_mixed, fit_candidate, get_market, get_training_set, importance, label_economics,
+                                    learner_evaluations, mix_learners, mixing_table, rarest_class, reach_verdict, run_audit,
+                                    run_backtest, run_money_bridge, run_skill_sources, run_walk_forward, stage,
+                                    trading_facts)
+from ml_ensemble.skill_sources import (SkillSources, above, money_bridge, plot_waterfall, use_of_probabilities,
+                                       volatility_inputs)
+from ml_ensemble.spread import entry_delay, known_spread, rolling_spread, side_cost
+from ml_ensemble.versioning import ModelStore
+
+SMALL = ("lightgbm.n_estimators=60", "xgboost.n_estimators=60", "random_forest.n_estimators=30", "learning_rate=0.05",
+         "replications=300", "audit.cuts=16")
+silent = lambda text: None
+
+
+def prepared(*overrides):
+    settings = load_settings([*SMALL, *overrides])
+    market = get_market(settings)
+    data = get_training_set(settings, market)
+    walk = run_walk_forward(settings, data, silent)
+    return settings, market, data, walk, mix_learners(settings, walk)
+
+
+def sources_of(*overrides) -> SkillSources:
+    return run_skill_sources(*prepared(*overrides), silent)
+
+
+@pytest.fixture(scope="module")
+def bounce() -> SkillSources:
+    return sources_of("sandbox_strength=0", "sandbox_spread=0.006", "sandbox_volatility=0.002")
+
+
+def test_bounce_shows_as_skill_at_the_close_and_as_nothing_at_the_next_open(bounce):
+    assert bounce.close[0] > 0.1 and bounce.close[1] > 0.1
+    assert bounce.entry[1] < 0 and bounce.entry[0] < 0.01 and not above(bounce.direction)
+    assert "bid-ask bounce" in bounce.sentence() and "adds nothing" in bounce.sentence()
+
+
+def test_volatility_shows_as_skill_without_direction():
+    found = sources_of("sandbox_strength=0", "sandbox_spread=0", "sandbox_clustering=0.8", "labels.threshold=0.015")
+    assert above(found.volatility) and above(found.entry) and not above(found.direction)
+    assert "volatility alone has" in found.sentence() and "adds nothing" in found.sentence()
+
+
+def test_a_planted_drift_shows_as_direction():
+    found = sources_of("sandbox_strength=0.3")
+    assert above(found.direction) and found.direction[0] > 0.7 * found.entry[0] and "direction adds" in found.sentence()
+
+
+def test_opens_that_repeat_a_bouncing_close_are_judged_one_bar_later(tmp_path):
+    candles, _ = simulate_market(4000, seed=1, strength=0, spread=0.006, volatility=0.002)
+    opens = candles["close"].shift(1).fillna(candles["open"])
+    copied = candles.assign(open=opens, high=np.maximum(candles["high"], opens), low=np.minimum(candles["low"], opens))
+    copied.to_csv(tmp_path / "copied.csv")
+    settings, market, data, walk, mixed = prepared(f"source=file:{tmp_path}/copied.csv")
+    found = run_skill_sources(settings, market, data, walk, mixed, silent)
+    assert found.delay == 1 and above(found.entry) and not above(found.direction)     # the entry is the close that decided
+    assert "one bar later because opens repeat" in found.sentence()
+    expected = (copied["open"].shift(-3) / copied["open"].shift(-2) - 1).loc[walk.time]
+    np.testing.assert_allclose(walk.returns, expected)                                # money waits for that bar too
+    assert run_backtest(settings, walk, mixed).model.probabilistic_sharpe < 0.95
+
+
+@pytest.mark.parametrize("planted", [0.001, 0.002, 0.004, 0.006, 0.008])
+def test_the_spread_is_recovered_within_a_fifth_on_6000_bars(planted):
+    found = known_spread(simulate_market(6000, seed=11, strength=0, spread=planted)[0]).iloc[-1]
+    assert abs(found / planted - 1) < 0.2
+
+
+def test_the_spread_is_the_library_s_and_knows_no_future():
+    import bidask
+    candles, _ = simulate_market(2000, seed=2, spread=0.004)
+    prices = [candles[name] for name in ("open", "high", "low", "close")]
+    assert known_spread(candles).iloc[-1] == pytest.approx(bidask.edge(*prices), rel=1e-6)
+    assert rolling_spread(candles, 500).iloc[-1] == pytest.approx(bidask.edge(*(p.iloc[-500:] for p in prices)), rel=1e-6)
+    other = candles.copy()
+    other.iloc[1000:, :4] *= np.random.default_rng(0).uniform(1, 2, (1000, 1))
+    pd.testing.assert_series_equal(known_spread(other).iloc[:1000], known_spread(candles).iloc[:1000])
+    assert entry_delay(candles) == 0
+
+
+def test_costs_are_those_that_were_known_when_the_fold_began():
+    settings, market, data, walk, mixed = prepared("sandbox_spread=0.004", "days=400")
+    spread = known_spread(market.candles)
+    for number, (_, _, begin, _) in enumerate(walk.folds, start=1):
+        assert set(walk.spread[walk.fold == number]) == {spread.loc[begin]}
+    result = run_backtest(settings, walk, mixed)
+    late = walk.fold > 1
+    assert result.cost == pytest.approx(side_cost(walk.spread[late], 0.0005, 0.0005).mean()) and result.cost > 0.002
+    again = backtest(walk.time[late], mixed.oos.decide(mixed.threshold)[late], walk.returns[late], 0.0)
+    assert again.model.net_return > result.model.net_return
+
+
+def test_fills_are_at_the_next_open_whatever_the_labels():
+    for entry in ("next_open", "close"):
+        _, market, data, walk, _ = prepared("days=300", f"labels.entry={entry}")
+        opens = market.candles["open"]
+        np.testing.assert_allclose(walk.returns, (opens.shift(-2) / opens.shift(-1) - 1).loc[walk.time])
+
+
+def test_label_ends_are_the_first_bars_that_know_the_price():
+    candles, _ = simulate_market(200, seed=1)
+    for labels, horizon in ((forward_return_labels(candles, 3), 3), (triple_barrier_labels(candles, 3, 0.5), 3)):
+        waited = candles.index.get_indexer(labels["end_time"]) - candles.index.get_indexer(labels.index)
+        assert set(waited) == {horizon + 1}
+        ends = candles["open"].loc[labels["end_time"]].to_numpy()
+        np.testing.assert_allclose(labels["forward_return"], ends / candles["open"].shift(-1).loc[labels.index] - 1)
+    np.testing.assert_allclose(next_returns(candles)[:-2], forward_return_labels(candles)["forward_return"])
+
+
+def test_the_volatility_forecaster_cannot_see_a_sign():
+    candles, _ = simulate_market(500, seed=1)
+    mirror = 1 / candles.rename(columns={"high": "low", "low": "high"})[["open", "high", "low", "close"]]
+    np.testing.assert_allclose(volatility_inputs(mirror), volatility_inputs(candles), atol=1e-9)
+
+
+def test_the_money_bridge_adds_up_to_the_backtest():
+    settings, market, data, walk, mixed = prepared("days=600", "sandbox_spread=0.002")
+    money, result = run_money_bridge(settings, market, walk, mixed), run_backtest(settings, walk, mixed)
+    assert money.net == pytest.approx(money.gross - money.fee - money.spread)
+    assert money.net == pytest.approx(result.model_returns.sum(), abs=0.002 * money.changes)   # cross terms of cost and return
+    assert 0 <= money.buys_that_pay <= 1
+
+
+def still_after(candles, row):
+    """A market that stops: the last price for ever, no volume."""
+    still = candles.copy()
+    still.iloc[row:, :4], still.iloc[row:, 4] = candles["close"].iloc[row - 1], 0.0
+    return still
+
+
+def quiet(bars, jumps=()):
+    """A stablecoin around 1, with single bars half a percent higher."""
+    rng = np.random.default_rng(1)
+    close = 1 + rng.normal(0, 2e-4, bars)
+    opens = np.r_[1, close[:-1]] * np.exp(rng.normal(0, 1e-4, bars))
+    table = pd.DataFrame({"open": opens, "high": np.maximum(opens, close) * 1.0001, "low": np.minimum(opens, close) / 1.0001,
+                          "close": close, "volume": rng.lognormal(3, 0.5, bars)},
+                         index=pd.date_range("2024-01-01", periods=bars, freq="5min", tz="UTC", name="time"))
+    for row in jumps:
+        table.iloc[row, :4] *= 1.006
+    return table
+
+
+CASES = {"stablecoin": (quiet(4300), (), "not enough evidence"), "stablecoin, three": (quiet(4300), ("classes=3",), "not enough evidence"),
+         "two buys": (quiet(4300, (2500, 4000)), (), "not enough evidence"),
+         "two buys, three": (quiet(4300, (2500, 4000)), ("classes=3",), "not enough evidence"),
+         "two buys, weighed": (quiet(4300, (2500, 4000)), ("class_weight=balanced", "early_stopping=5"), "not enough evidence"),
+         "two buys, learned": (quiet(4300, (2500, 4000)), ("weighting=learned", "calibration=isotonic"), "not enough evidence"),
+         "goes still": (still_after(simulate_market(4300, seed=1)[0], 3000), (), None),
+         "still, bounce": (still_after(simulate_market(4300, seed=1, strength=0, spread=0.006, volatility=0.003)[0], 3000), (), "refused")}
+
+
+@pytest.mark.parametrize("candles, overrides, outcome", CASES.values(), ids=CASES)
+def test_a_verdict_comes_out_however_rare_a_class_is(candles, overrides, outcome, tmp_path):
+    candles.to_csv(tmp_path / "candles.csv")
+    tiny = ("n_estimators=12", "learning_rate=0.2", "replications=100", "n_splits=3")
+    settings, market, data, walk, mixed = prepared(*tiny, *overrides, f"source=file:{tmp_path}/candles.csv")
+    store, evaluation = ModelStore(tmp_path / "models"), evaluate_mixed(settings, mixed)
+    singles, sources = learner_evaluations(settings, walk), run_skill_sources(settings, market, data, walk, mixed, silent)
+    result, money = run_backtest(settings, walk, mixed), run_money_bridge(settings, market, walk, mixed)
+    economics, leakage = label_economics(settings, market, data), run_audit(settings, market, silent)
+    candidate = fit_candidate(settings, data, mixed.final, store, "run", silent)
+    verdict = reach_verdict(settings, market, data, walk, mixed, evaluation, sources, candidate, store, leakage, progress=silent)
+    assert outcome in (None, verdict.outcome), str(verdict)
+    assert leakage.clean and np.isfinite(candidate.artefact["parity_error"])
+    for shown in (sources, result, economics, verdict):
+        assert shown._repr_markdown_()
+    plot_waterfall(sources, money), use_of_probabilities(sources, result), mixing_table(settings, walk)
+    importance(settings, data, walk, mixed)
+    stage(settings, market, data, evaluation, singles, trading_facts(sources, result, money, economics), candidate, verdict,
+          leakage, store, "run")
+
+
+@pytest.mark.parametrize("kind", [("sandbox_strength=0", "sandbox_spread=0", "sandbox_clustering=0"),
+                                  ("sandbox_strength=0", "sandbox_spread=0"),
+                                  ("sandbox_strength=0", "sandbox_spread=0.006", "sandbox_volatility=0.003")])
+def test_the_gate_refuses_each_illusion_and_passes_the_documented_market(kind):
+    fine = {"parity_error": 0.0, "size_mb": 1.0, "memory_mb": 1.0, "latency_ms": 0.1}
+
+    def verdict(*overrides):
+        settings, market, data, walk, mixed = prepared(*overrides)
+        sources = run_skill_sources(settings, market, data, walk, mixed, silent)
+        return judge(Findings(evaluate_mixed(settings, mixed), sources, run_backtest(settings, walk, mixed), len(data),
+                              rarest_class(data, walk), Comparison(0), Comparison(0), fine, []), settings.gate)
+    refused = verdict(*kind)
+    assert refused.outcome == "refused"
+    assert {"direction beyond volatility, lower end", "probability that the Sharpe ratio is above 0"} <= {
+        c.name for c in refused.failures}
+    if kind[1] == "sandbox_spread=0.006":
+        assert "bid-ask bounce" in str([c.remedy for c in refused.failures])
+    assert verdict().passed
+
+
+def test_without_a_buy_the_money_says_so():
+    candles, _ = simulate_market(600, seed=1)
+    settings, market, data, walk, mixed = prepared("days=300", "fee=0.05", "sandbox_strength=0")
+    assert set(mixed.oos.decide(mixed.threshold)[walk.fold > 1]) == {0}
+    assert run_money_bridge(settings, market, walk, mixed).buys_that_pay is None
+    assert run_backtest(settings, walk, mixed).model.probabilistic_sharpe == 0
+    late = walk.fold > 1
+    nothing = money_bridge(market.candles, walk, late, np.zeros(len(walk.y)), np.full(len(walk.y), 0.001), 0.0005)
+    assert (nothing.gross, nothing.net, nothing.changes) == (0, 0, 0)
