@@ -7,11 +7,11 @@ __all__ = ['SETTLE', 'STARTS', 'AGREE', 'LABEL_CUTS', 'JUMPS', 'ENTRY_CUTS', 'MA
            'Answer', 'prior_of', 'join_rows', 'Pipeline', 'OneFold', 'view_windows', 'view_of', 'view_bar_by_bar',
            'project_pipeline', 'booked_returns', 'Finding', 'moment', 'Audit', 'altered_after', 'table_of', 'differ',
            'Change', 'changes_at', 'stretches', 'find_changes', 'longest_window', 'look_ahead', 'check_causality',
-           'check_stream', 'check_warmup', 'filled_columns', 'unsettled_columns', 'check_labels', 'jumped_after',
-           'early_rows', 'check_entry', 'entry_finding', 'extremes_finding', 'spans', 'overlapping', 'check_overlap',
-           'twins', 'check_duplicates', 'run_fold', 'spoiled', 'moved', 'check_fit_window', 'fit_finding',
-           'made_up_forecasts', 'unsettled_spoiled', 'check_mixing', 'judged', 'by_column', 'check_columns',
-           'chance_of', 'check_shuffled', 'check_gap', 'audit']
+           'check_stream', 'check_warmup', 'moving_share', 'filled_columns', 'unsettled_columns', 'check_labels',
+           'jumped_after', 'early_rows', 'check_entry', 'entry_finding', 'extremes_finding', 'spans', 'overlapping',
+           'check_overlap', 'twins', 'check_duplicates', 'run_fold', 'spoiled', 'moved', 'check_fit_window',
+           'fit_finding', 'made_up_forecasts', 'unsettled_spoiled', 'check_mixing', 'judged', 'by_column',
+           'check_columns', 'chance_of', 'check_shuffled', 'check_gap', 'audit']
 
 # %% ../nbs/23_leakage_audit.ipynb #72acb1c1
 from collections.abc import Callable, Iterator
@@ -337,9 +337,14 @@ def check_warmup(pipeline: Pipeline, candles: pd.DataFrame, table: pd.DataFrame,
     if pipeline.settle is None or len(candles) <= size:
         why = "no settle is declared" if pipeline.settle is None else f"{len(candles)} bars are too few for {size}"
         return found or [Finding("warm-up", "skipped", "", f"windows are left open; convergence is not checked: {why}")]
-    found += unsettled_columns(parts, table, pipeline.settle)
+    alive = [part for part in parts if moving_share(candles.loc[part.index[:pipeline.settle]]) > 0.5]
+    found += unsettled_columns(alive, table, pipeline.settle) if alive else []
     return found or [Finding("warm-up", "ok", "", f"open until the window is full; {pipeline.settle} bars after any of "
                              f"{len(parts)} starts the same within {AGREE:g} standard deviations")]
+
+def moving_share(candles: pd.DataFrame) -> float:
+    "Share of bars whose close differs from the one before; where nothing moves, nothing settles."
+    return float((candles["close"].diff().iloc[1:] != 0).mean())
 
 def filled_columns(parts: list[pd.DataFrame], windows: dict[str, int]) -> list[Finding]:
     "Columns with a value before their window is full."
