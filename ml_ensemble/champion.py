@@ -82,7 +82,7 @@ def production_periods(
         facts, learned = _facts(store, event["version"])
         at = _time(event["at"]) if event["kind"] == "rollback" else None
         wanted = [moment for moment in (start, learned, at if at is not None and at <= newest else None) if moment is not None]
-        start = max(wanted) if wanted else newest
+        start = max(wanted) if wanted else pd.Timestamp.min.tz_localize("UTC")     # unknown: as early as can be
         periods.append(Period(event["version"], start, None, facts if learned is not None else None))
     ends = [period.start for period in periods[1:]] + [None]
     return [Period(p.version, p.start, end, p.facts) for p, end in zip(periods, ends)]
