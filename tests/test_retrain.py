@@ -20,7 +20,7 @@ from ml_ensemble.core import ConfigError, FeatureError, IntegrityError, RetrainE
 from ml_ensemble.custom_features import load_custom
 from ml_ensemble.market_data import simulate_market
 from ml_ensemble.monitoring import diagnose
-from ml_ensemble.retraining import (compare_champion_recipe, get_market, get_training_set, mix_learners,
+from ml_ensemble.retraining import (compare_with_production, get_market, get_training_set, mix_learners,
                                     run_walk_forward)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,7 +115,7 @@ def test_the_metadata_answers_what_will_be_asked(twice):
     assert facts["report"]["sha256"] == sha256_hex(report.read_bytes())
     assert facts["fingerprint"] == FeatureManager().fingerprint and len(facts["features"]) == 12
     assert facts["weights"] == {"lightgbm": 0.4, "xgboost": 0.4, "random_forest": 0.2} and facts["classes"] == [0, 1]
-    assert facts["data"]["bars"] == 4200 and facts["data"]["samples"] == 4200 - 49 - 1
+    assert facts["data"]["bars"] == 4200 and facts["data"]["samples"] == 4200 - 49 - 2
     assert facts["configuration"]["learners"]["lightgbm"]["n_estimators"] == 40
     assert {"numpy", "lightgbm", "xgboost", "scikit-learn", "python"} <= set(facts["packages"])
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
@@ -125,6 +125,10 @@ def test_the_metadata_answers_what_will_be_asked(twice):
     assert set(facts["metrics"]["baselines"]) == {"majority", "prior", "persistence"}
     assert facts["gate"]["passed"] and facts["gate"]["outcome"] == "passed"
     assert {c["status"] for c in facts["gate"]["criteria"]} <= {"pass", "not applicable"}
+    sources = facts["skill_sources"]
+    assert sources["direction"][1] > 0 and "direction adds" in sources["sentence"] and len(sources["close"]) == 3
+    assert facts["backtest"]["model"]["probabilistic_sharpe"] > 0.95 and facts["money"]["net"] < facts["money"]["gross"]
+    assert facts["label_economics"]["warning"] == "" and facts["configuration"]["labels"]["entry"] == "next_open"
     training = json.loads((store.root / "training/training_metadata.json").read_text())
     for name, learner in training["learners"].items():
         data = (store.root / "training" / learner["file"]).read_bytes()
@@ -133,25 +137,28 @@ def test_the_metadata_answers_what_will_be_asked(twice):
 
 
 def compared(store, *more):
-    """The comparison with the recipe of the version in production, as a retrain with these settings would make it."""
+    """Record, recipe and changes of meaning against production, as a retrain with these settings would find them."""
     settings = load_settings((*QUICK, *more))
     market = get_market(settings)
     data = get_training_set(settings, market)
     mixed = mix_learners(settings, run_walk_forward(settings, data, silent))
-    return compare_champion_recipe(settings, market, data, mixed, store, silent)
+    return compare_with_production(settings, market, data, mixed, store, silent)
 
 
 def test_a_changed_recipe_is_held_against_the_champions_on_the_same_folds(twice, monkeypatch):
     store, first, _ = twice
-    unchanged = compared(store)
-    assert unchanged.rows == 0 and unchanged.note == f"the recipe of champion {store.current()['version']}"
-    worse = compared(store, "lightgbm.n_estimators=1", "xgboost.n_estimators=1", "random_forest.max_depth=1")
+    lived, unchanged, changes = compared(store)
+    assert unchanged.rows == 0 and unchanged.note == f"the recipe is that of champion {store.current()['version']}"
+    assert lived.rows == 0 and "no bar is newer" in lived.note and "more weeks" in lived.note and changes == []
+    _, worse, _ = compared(store, "lightgbm.n_estimators=1", "xgboost.n_estimators=1", "random_forest.max_depth=1")
     assert worse.rows == first.metadata["metrics"]["metrics"]["samples"] and worse.high < 0
-    assert compared(store, "labels.threshold=0.004").note == "no champion for these labels and this market"
+    lived, recipes, changes = compared(store, "labels.threshold=0.004")
+    assert changes == ["labels.threshold 0.003 -> 0.004"] and lived.rows == recipes.rows == 0
+    assert "not comparable with champion" in lived.note
     facts = json.loads(json.dumps(store.current()))
     facts["configuration"]["learners"]["lightgbm"]["num_leaves"] = "many"
     monkeypatch.setattr("ml_ensemble.retraining.present_or_damaged", lambda store: facts)
-    broken = compared(store)
+    _, broken, _ = compared(store)
     assert broken.rows == 0 and "cannot be run today" in broken.note
 
 
@@ -211,7 +218,7 @@ def test_the_report_shows_every_step_and_stands_alone(twice):
     html = first.report.with_suffix(".html").read_text()
     titles = re.findall(r"^## (.+)$", "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown"), re.M)
     assert titles == ["Settings", "Candles", "Features", "Labels", "Walk-forward", "Out-of-sample figures",
-                      "Leakage audit", "Candidate", "Verdict"]
+                      "What the skill is made of", "Other views", "Leakage audit", "Candidate", "Verdict"]
     assert "The gate passes this candidate" in html and html.count("data:image/png;base64") >= 6
     assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=[\"']?(https?:)?//", html)
     assert not re.search(r"(import|from) [\"']https?:", html)
@@ -219,7 +226,7 @@ def test_the_report_shows_every_step_and_stands_alone(twice):
 
 def test_rollback_brings_the_first_version_back(tmp_path, monkeypatch, sandbox):
     store = ModelStore(tmp_path / "models")
-    first, second = run(store), run(store, "threshold=0.004")
+    first, second = run(store), run(store, "threshold=0.004", accept_change=True)
     features = FeatureManager().generate_features(sandbox)
     before = ProductionEnsemble(first.version, store=store).predict_proba(features)
     assert not np.allclose(before, ProductionEnsemble(store=store).predict_proba(features), equal_nan=True)
@@ -259,13 +266,14 @@ def test_nasdaq_is_refused_with_reasons_and_production_stays(nasdaq, tmp_path, i
     before = {p.name: p.read_bytes() for p in store.production.iterdir()}
     outcome = run(store, "calendar=sessions", "days=null", source=f"file:{tmp_path}/nasdaq.csv")
     assert not outcome.promoted and outcome.current == champion
-    assert outcome.metadata["data"]["samples"] == 5031 - 49 - 1
+    assert outcome.metadata["data"]["samples"] == 5031 - 49 - 2
     failed = {criterion.name for criterion in outcome.verdict.failures}
     assert "samples" not in failed and "skill, lower end of 95 %" in failed
     assert {p.name: p.read_bytes() for p in store.production.iterdir()} == before
     assert store.history()[-1]["kind"] == "refusal" and "skill" in store.history()[-1]["reason"]
     assert [message["title"] for message in inbox] == ["ml_ensemble: F1 below the limit, candidate refused"]
     assert "skill" in inbox[0]["message"] and champion in inbox[0]["message"]
+    assert "market sandbox -> file:" in inbox[0]["message"] and "--accept-change" in inbox[0]["message"]
     assert "REFUSES" in outcome.report.with_suffix(".html").read_text()
     assert ProductionEnsemble(store=store).get_model_info()["version"] == champion
 
