@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Source', 'Days', 'Set', 'INTERRUPTED', 'console', 'fail', 'main', 'run', 'retrain', 'log_to_stderr',
-           'verdict_table', 'show_outcome', 'money_line', 'nearby', 'plan', 'show_plan', 'check', 'audit', 'show_audit',
-           'history', 'rollback', 'backup', 'predict', 'show_predictions', 'export']
+           'verdict_table', 'show_outcome', 'nearby', 'plan', 'show_plan', 'check', 'audit', 'show_audit', 'history',
+           'rollback', 'backup', 'predict', 'show_predictions', 'export']
 
 # %% ../nbs/29_cli.ipynb #d27af15f
 import json
@@ -123,18 +123,10 @@ def show_outcome(outcome) -> None:
         out.print(f"[bold green]Version {outcome.version} is in production.[/]")
     else:
         out.print(f"[bold red]Not promoted.[/] In production: {outcome.current or 'nothing yet'}.")
-    out.print(escape(outcome.metadata["skill_sources"]["sentence"]), soft_wrap=True)
+    out.print(escape(outcome.verdict.summary), soft_wrap=True)
     out.print(f"Out of sample: skill {figures['metrics']['skill']:.3f} (95 % {low:.3f} to {high:.3f}), "
-              f"weighted F1 {figures['metrics']['weighted_f1']:.3f}, {money_line(outcome.metadata['backtest'])}")
+              f"weighted F1 {figures['metrics']['weighted_f1']:.3f}")
     out.print(f"Report: {escape(nearby(outcome.report.with_suffix('.html')))}", soft_wrap=True)
-
-def money_line(result: dict) -> str:
-    "What the decisions earned after costs, in a few words."
-    model, cost = result["model"], result["cost"]
-    if not model["exposure"]:
-        return f"no buy that pays {cost:.2%} a side"
-    caution = f". {result['caution']}" if result.get("caution") else ""
-    return f"net {model['net_return']:.1%} after {cost:.2%} a side, Sharpe ratio {model['sharpe']:.2f}{caution}"
 
 def nearby(path: Path) -> str:
     "A path as seen from here, when it lies below."

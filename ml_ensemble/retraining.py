@@ -93,7 +93,7 @@ def reachable_skill(settings: Settings, market: Market) -> str:
     best = best_skill(market.candles, market.truth, labels.threshold, labels.classes, labels.entry)
     return f"Skill is 1 - log loss / log loss of the training prior. The best reachable on these labels is {best:.3f}."
 
-# %% ../nbs/27_retraining.ipynb #b2f77d45
+# %% ../nbs/27_retraining.ipynb #7352caee
 @dataclass(frozen=True)
 class LabelEconomics:
     """Whether a buy that comes true pays its costs."""
@@ -226,7 +226,7 @@ def importance(settings: Settings, data: TrainingSet, walk: WalkForward, mixed: 
     return permutation_importance(predict, data.view[rows], walk.y[newest], walk.prior[newest], walk.classes,
                                   view_names(data.manager), seed=settings.seed)
 
-# %% ../nbs/27_retraining.ipynb #c0a68dcd
+# %% ../nbs/27_retraining.ipynb #0126504f
 def with_entry(settings: Settings, entry: str) -> Settings:
     "The same settings with labels from another entry."
     return settings.model_copy(update={"labels": settings.labels.model_copy(update={"entry": entry})})
@@ -256,10 +256,14 @@ def run_backtest(settings: Settings, walk: WalkForward, mixed: Mixed) -> Backtes
                     mixing_of(settings).cost(walk)[rows], settings.labels.horizon, trading.trials, caution)
 
 def run_money_bridge(settings: Settings, market: Market, walk: WalkForward, mixed: Mixed) -> Money:
-    "The same decisions from the close that made them to the money that is left."
-    rows = judged_rows(settings, walk)
-    return money_bridge(market.candles, walk, rows, mixed.oos.decide(mixed.threshold), mixing_of(settings).cost(walk),
-                        settings.trading.fee, settings.labels.horizon)
+    "The same decisions from the close that made them to the money that is left; where there are none, the best without costs."
+    rows, cost = judged_rows(settings, walk), mixing_of(settings).cost(walk)
+    decisions, note = mixed.oos.decide(mixed.threshold), ""
+    if not (decisions[rows] == 1).any() and objective_for(settings) in ("sharpe", "profit"):
+        free = mix(replace(walk, spread=np.zeros(len(walk.y))), replace(mixing_of(settings), fee=0.0, slippage=0.0))
+        decisions, note = free.oos.decide(free.threshold), "as if they were free"
+    return replace(money_bridge(market.candles, walk, rows, decisions, cost, settings.trading.fee, settings.labels.horizon),
+                   note=note)
 
 # %% ../nbs/27_retraining.ipynb #1cf6a5db
 def run_audit(settings: Settings, market: Market, progress: Callable[[str], None] = print) -> Audit:
@@ -333,7 +337,7 @@ def compare_with_production(settings: Settings, market: Market, data: TrainingSe
                                 seed=settings.seed, replications=settings.evaluation.replications)
     return lived, compare_champion_recipe(settings, market, data, mixed, facts, progress), []
 
-# %% ../nbs/27_retraining.ipynb #e95dca52
+# %% ../nbs/27_retraining.ipynb #6a5deab6
 def threshold_remedy(settings: Settings, walk: WalkForward, evaluation: Evaluation) -> str:
     "A setting that was tried and lifts a low F1 without losing the money; empty when there is none, or no need."
     limits, figures = settings.gate, evaluation.metrics
@@ -591,9 +595,9 @@ def report_failure(store: ModelStore, error: BaseException) -> None:
 def refusal_alert(outcome: Outcome) -> tuple[str, str]:
     "Title and text of the alert for a refused candidate; an F1 below the floor is named first."
     low_f1 = any(criterion.name == "weighted F1" for criterion in outcome.verdict.failures)
-    few = outcome.verdict.bars_needed
-    title = ("ml_ensemble: F1 below the limit, candidate refused" if low_f1 else
-             f"ml_ensemble: not enough evidence, about {few:,} bars would do" if few else "ml_ensemble: candidate refused")
+    few = f", about {n:,} bars would do" if (n := outcome.verdict.bars_needed) else ""
+    title = (f"ml_ensemble: not enough evidence{few}" if outcome.verdict.outcome == "not enough evidence" else
+             "ml_ensemble: F1 below the limit, candidate refused" if low_f1 else "ml_ensemble: candidate refused")
     reasons = "\n".join(f"- {c.reason()}. {c.remedy}" for c in outcome.verdict.failures)
     stays = f"Version {outcome.current or 'none'} stays in production."
-    return title, f"{reasons}\n{stays}\nReport: {outcome.report.with_suffix('.html')}"
+    return title, f"{outcome.verdict.summary}\n{reasons}\n{stays}\nReport: {outcome.report.with_suffix('.html')}"

@@ -239,6 +239,7 @@ class Money:
     spread: float      # paid: slippage, or half the spread where that is larger
     changes: int       # of position
     buys_that_pay: float | None   # share of the trades that earned their costs; None without a trade
+    note: str = ""     # which decisions, where they are not those of the candidate
 
     @property
     def net(self) -> float:
@@ -281,7 +282,7 @@ def _steps(ax: Axes, names: list[str], levels: list[tuple[float, float]], totals
     ax.axhline(0, color="#333a42", linewidth=0.9)
     ax.set_xticks(range(len(names)), names, fontsize=9)
     low, high = min(0.0, *map(min, levels)), max(0.0, *map(max, levels))
-    room = 0.1 * max(high - low, 1e-9)
+    room = 0.1 * (high - low) if high > low else 1.0
     ax.set_ylim(low - (room if low < 0 else 0), high + room)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="#e6e8eb", linewidth=0.7)
@@ -301,7 +302,7 @@ def plot_waterfall(sources: SkillSources, money: Money) -> Figure:
     _steps(right, ["filled at\nthe close", "lost by the\nnext open", "gross at\nnext open", "fees", "spread and\nslippage", "net"],
            [(0, parts[0]), (parts[0], parts[1]), (0, parts[1]), (parts[1], parts[2]), (parts[2], parts[3]), (0, parts[3])],
            {0, 2, 5}, ",.0f")
-    right.set_title(f"Money: what is left of it ({money.changes:,} changes of position)", loc="left", fontsize=11)
+    right.set_title(f"Money: {money.changes:,} changes of position{money.note and ', ' + money.note}", loc="left", fontsize=11)
     right.set_ylabel("% of the capital, simple sum")
     return figure
 
