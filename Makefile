@@ -49,7 +49,7 @@ PRINTED := $(BIN)/python -c 'import json, sys; [print("".join(o["text"]), end=""
 bench: .venv/.installed ## Speed and memory beside peers; error rates of the gate on a few markets
 	@$(BIN)/papermill nbs/benchmarks.ipynb - -p bars 1000000 -p repeats 15 -p rows 3000 -p batch_rows 1000000 \
 	  -p markets_count 1000 -p walk_bars 17000 --no-progress-bar 2>/dev/null | $(PRINTED)
-	@$(BIN)/papermill nbs/gate_characteristics.ipynb - -p noise 10 -p planted 10 -p between 0 -p trees 0 -p workers 2 \
+	@$(BIN)/papermill nbs/gate_characteristics.ipynb - -p illusions 4 -p planted 4 -p between 0 -p bars 6600 -p trees 0 -p workers 2 \
 	  --no-progress-bar 2>/dev/null | $(PRINTED)
 
 lock: .venv/.installed ## Resolve requirements.lock anew from pyproject.toml (needs uv)

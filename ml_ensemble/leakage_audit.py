@@ -439,9 +439,9 @@ def entry_finding(culprit: str, early: list[pd.Timestamp], cuts: np.ndarray, rem
     "What the scaled prices showed."
     if not early:
         return [Finding("entry price", "ok", culprit, f"starts after the bar that decided, at {len(cuts)} cuts")]
-    told = (f"changed at {len(early)} of {len(cuts)} cuts when prices up to the deciding bar were scaled: it starts at a price "
+    evidence = (f"changed at {len(early)} of {len(cuts)} cuts when prices up to the deciding bar were scaled: it starts at a price "
             f"that could not be had any more; first {moment(early[0])}")
-    return [Finding("entry price", "leak", culprit, told, remedy, moment(early[0]), {"cuts": len(cuts), "changed": len(early)})]
+    return [Finding("entry price", "leak", culprit, evidence, remedy, moment(early[0]), {"cuts": len(cuts), "changed": len(early)})]
 
 def extremes_finding(pipeline: Pipeline, candles: pd.DataFrame) -> list[Finding]:
     "A booked return must not be filled at the high or the low of a bar."

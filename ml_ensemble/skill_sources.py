@@ -272,7 +272,7 @@ def money_bridge(
 
 # %% ../nbs/20_skill_sources.ipynb #828fd3e1
 def _steps(ax: Axes, names: list[str], levels: list[tuple[float, float]], totals: set[int], form: str) -> None:
-    "Bars from one level to the next; totals stand on 0."
+    "Bars from one level to the next; totals start at 0."
     colours = ["#8b929a" if k in totals else "#cf6a32" if end < start else "#2a6f97" for k, (start, end) in enumerate(levels)]
     ax.bar(range(len(names)), [end - start for start, end in levels], bottom=[start for start, _ in levels], color=colours,
            width=0.65)

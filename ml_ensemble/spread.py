@@ -30,7 +30,7 @@ def _without_opens(candles: pd.DataFrame) -> pd.Series:
 
 def known_spread(
     candles: pd.DataFrame,   # OHLCV with a time index
-) -> pd.Series:              # (T,) share of the price; 0 where it cannot be told from 0
+) -> pd.Series:              # (T,) share of the price; 0 where it cannot be distinguished from 0
     "Effective spread estimated from all bars up to each: what was known at its close."
     if share_of_repeated_opens(candles) >= REPEATED:
         return _without_opens(candles)
