@@ -217,3 +217,8 @@ def test_without_a_buy_the_money_says_so():
     late = walk.fold > 1
     nothing = money_bridge(market.candles, walk, late, np.zeros(len(walk.y)), np.full(len(walk.y), 0.001), 0.0005)
     assert (nothing.gross, nothing.net, nothing.changes) == (0, 0, 0)
+
+
+def test_the_decomposition_is_the_same_whichever_entry_is_configured():
+    from_open, from_close = (sources_of("days=500", f"labels.entry={entry}") for entry in ("next_open", "close"))
+    assert from_open == from_close
