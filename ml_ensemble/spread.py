@@ -17,7 +17,7 @@ from .market_data import REPEATED, share_of_repeated_opens
 
 # %% ../nbs/13_spread.ipynb #4ca69877
 PRICES = ["open", "high", "low", "close"]
-CERTAIN = 3.0     # standard errors above 0 from which a spread is believed where opens repeat closes
+CERTAIN = 5.0     # standard errors above 0 from which a spread is believed where opens repeat closes
 
 def _without_opens(candles: pd.DataFrame) -> pd.Series:
     "(T,) expanding estimate from closes, highs and lows alone; 0 where it is not clearly above 0."
