@@ -332,7 +332,7 @@ def compare_with_production(settings: Settings, market: Market, data: TrainingSe
     if changed:
         note = f"not comparable with champion {facts['version']}: {'; '.join(changed)}"
         return Comparison(0, note=note), Comparison(0, note=note), changed
-    record = lived_record(store, data.features, data.manager, today)
+    record = lived_record(store, data.features.loc[mixed.oos.time], data.manager, today)
     lived = compare_with_record(mixed.oos, record, settings.labels.horizon, settings.gate.champion_min_rows,
                                 seed=settings.seed, replications=settings.evaluation.replications)
     return lived, compare_champion_recipe(settings, market, data, mixed, facts, progress), []
