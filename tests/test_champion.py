@@ -275,7 +275,8 @@ def test_bars_that_a_version_brought_back_had_seen_are_left_out(tmp_path):
 
 
 def test_a_rollback_of_this_morning_leaves_the_last_week_to_the_version_that_lived_it(tmp_path):
-    clock = Clock(BARS[-1] + pd.Timedelta("3h"))                # live: minutes or hours after the newest bar
+    clock = Clock()
+    clock.now = BARS[-1] + pd.Timedelta("3h")                   # live: hours after the newest bar
     store = ModelStore(tmp_path / "models", clock=clock)
     first, second = promote(store, 100), promote(store, 500)
     store.rollback("worse", first)
