@@ -208,15 +208,16 @@ def test_the_gate_passes_the_documented_market_and_warns_of_figures_too_good_for
     assert passed.passed and "direction adds" in passed.summary and "drift of the sandbox is planted" in passed.summary
 
 
-def test_without_a_buy_the_money_says_so():
+def test_where_no_buy_pays_the_money_is_shown_as_if_buys_were_free():
     candles, _ = simulate_market(600, seed=1)
     settings, market, data, walk, mixed = prepared("days=300", "fee=0.05", "sandbox_strength=0")
     assert set(mixed.oos.decide(mixed.threshold)[walk.fold > 1]) == {0}
-    assert run_money_bridge(settings, market, walk, mixed).buys_that_pay is None
+    free = run_money_bridge(settings, market, walk, mixed)
+    assert free.note == "as if they were free" and free.buys_that_pay == 0 and free.net < free.gross
     assert run_backtest(settings, walk, mixed).model.probabilistic_sharpe == 0
     late = walk.fold > 1
     nothing = money_bridge(market.candles, walk, late, np.zeros(len(walk.y)), np.full(len(walk.y), 0.001), 0.0005)
-    assert (nothing.gross, nothing.net, nothing.changes) == (0, 0, 0)
+    assert (nothing.gross, nothing.net, nothing.changes, nothing.buys_that_pay) == (0, 0, 0, None)
 
 
 def test_the_decomposition_is_the_same_whichever_entry_is_configured():
