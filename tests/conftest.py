@@ -1,5 +1,7 @@
 """What several test files share: real candles, a small quick configuration, a store of one's own."""
 import os
+import pickle
+import shutil
 
 import arch.data.nasdaq
 import arch.data.sp500
@@ -7,12 +9,17 @@ import numpy as np
 import onnx
 import pandas as pd
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
+from ml_ensemble import retrain
 from ml_ensemble.feature_manager import FEATURE_NAMES, FeatureManager, view_names
 from ml_ensemble.market_data import simulate_market, tidy
 from ml_ensemble.model_file import FORMAT
 from ml_ensemble.versioning import ModelStore
+
+for name in [name for name in os.environ if name.startswith("ML_ENSEMBLE_")]:
+    del os.environ[name]          # no test reads this machine's settings, or sends an alert
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("repeatable")
@@ -21,6 +28,10 @@ settings.load_profile("repeatable")
 QUICK = ("days=700", "lightgbm.n_estimators=40", "xgboost.n_estimators=40", "random_forest.n_estimators=40",
          "learning_rate=0.1", "n_splits=3",
          "replications=200", "min_samples=4000", "audit.cuts=20")
+# Still smaller, and promoted whatever its figures: where the verdict is not the point.
+TINY = (*QUICK, "days=300", "n_estimators=10", "min_samples=1000", "min_class_rows=1", "min_weighted_f1=-1",
+        "min_f1_over_majority=-1", "min_skill_lower=-1", "min_direction_lower=-1", "min_probabilistic_sharpe=1e-9",
+        "max_calibration_error=1")
 
 
 def daily(frame: pd.DataFrame) -> pd.DataFrame:
@@ -69,9 +80,20 @@ def store(tmp_path) -> ModelStore:
     return ModelStore(tmp_path / "models")
 
 
-@pytest.fixture(autouse=True)
-def no_alerts_and_no_foreign_settings(monkeypatch):
-    """No test may tell anybody anything, or read this machine's settings."""
-    for name in list(os.environ):
-        if name.startswith("ML_ENSEMBLE_"):
-            monkeypatch.delenv(name)
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, worker_id):
+    """A store after two retrains on the same data and seed, and their results. All test processes read the same one."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder if worker_id == "master" else folder.parent) / "trained"
+    store, results = ModelStore(folder / "models"), folder / "results.pkl"
+    with FileLock(f"{folder}.lock"):
+        if not results.exists():
+            made = [retrain(overrides=QUICK, store=store, show_progress=False) for _ in range(2)]
+            results.write_bytes(pickle.dumps(made))
+    return store, *pickle.loads(results.read_bytes())
+
+
+@pytest.fixture
+def trained_copy(trained, tmp_path) -> ModelStore:
+    """That store, to write to."""
+    return ModelStore(shutil.copytree(trained[0].root, tmp_path / "trained"))

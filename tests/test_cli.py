@@ -1,20 +1,24 @@
-"""The command line as a process: exit codes, JSON, and errors a person can act on."""
+"""The command line: exit codes, JSON, and errors a person can act on. Life as a process, wrong calls inside this one."""
+import contextlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
 import pytest
 
-from conftest import QUICK
-from ml_ensemble import FeatureManager, ModelStore, ProductionEnsemble
+from conftest import QUICK, TINY
+from ml_ensemble import FeatureManager, ModelStore, ProductionEnsemble, cli as command_line
 from ml_ensemble.market_data import simulate_market
 
 SETS = [word for override in QUICK for word in ("--set", override)]
+REFUSED = [word for override in (*TINY, "min_weighted_f1=0.99") for word in ("--set", override)]
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +32,20 @@ def cli(tmp_path_factory):
     return call
 
 
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    """The same in this process, with a store of its own."""
+    monkeypatch.setenv("ML_ENSEMBLE_MODELS", str(tmp_path / "models"))
+
+    def here(*words):
+        monkeypatch.setattr(sys, "argv", ["ml-ensemble", *words])
+        with contextlib.redirect_stdout(io.StringIO()) as stdout, contextlib.redirect_stderr(io.StringIO()) as stderr:
+            code = command_line.run("--json" in words)
+        return SimpleNamespace(returncode=code, stdout=stdout.getvalue(), stderr=stderr.getvalue())
+    return here
+
+
+@pytest.mark.slow
 def test_a_life_on_the_command_line(cli):
     dry = cli("retrain", "--dry-run", *SETS)
     assert dry.returncode == 0 and "nothing was written" in dry.stdout and not cli.models.exists()
@@ -37,8 +55,8 @@ def test_a_life_on_the_command_line(cli):
     assert shown.returncode == 0, shown.stderr
     for words in ("is in production", "weighted F1", "Report:", "retrain"):
         assert words in shown.stdout + shown.stderr
-    refused = cli("retrain", *SETS, "--set", "sandbox_strength=0", "--json", "--require-promotion")
-    assert refused.returncode == 3
+    refused = cli("retrain", *REFUSED, "--json", "--require-promotion", "--verbose")
+    assert refused.returncode == 3 and "fold 1: lightgbm" in refused.stderr
     answer = json.loads(refused.stdout)
     assert answer["promoted"] is False and answer["version"] is None and answer["current"].endswith("-0001")
 
@@ -75,25 +93,21 @@ def test_a_life_on_the_command_line(cli):
     assert cli("check").returncode == 0
 
 
-def test_verbose_shows_what_the_notebook_prints(cli):
-    done = cli("retrain", *SETS, "--set", "days=300", "--verbose")
-    assert done.returncode == 0 and "fold 1: lightgbm" in done.stderr
-
-
 @pytest.mark.parametrize("words, told", [
     (["retrain", "--set", "horizn=3"], "Did you mean horizon"), (["retrain", "--source", "ftp:x"], "data.source"),
     (["retrain", "--dry-run", "--source", "file:missing.csv"], "there is no file"),
     (["retrain", "--days", "0"], "Invalid value"), (["predict", "--version", "../x"], "is not a version"),
     (["export", "--to", "pmml"], "--to is 'pmml'"), (["export", "--version", "20200101-0001"], "There are: "),
     (["rollback"], "Missing option"), (["dance"], "No such command")])
-def test_a_wrong_call_is_answered_with_a_remedy_and_no_traceback(cli, words, told, tmp_path):
-    done = cli(*words, cwd=None)
+def test_a_wrong_call_is_answered_with_a_remedy_and_no_traceback(call, words, told):
+    done = call(*words)
     assert done.returncode in (1, 2) and told in done.stderr.replace("\n", " ") and "Traceback" not in done.stderr
 
 
-def test_a_store_that_cannot_be_written_is_an_error_not_a_traceback(cli, tmp_path):
+def test_a_store_that_cannot_be_written_is_an_error_not_a_traceback(call, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
-    done = cli("retrain", *SETS, env={"ML_ENSEMBLE_MODELS": str(tmp_path / "file" / "models")})
+    monkeypatch.setenv("ML_ENSEMBLE_MODELS", str(tmp_path / "file" / "models"))
+    done = call("retrain", *SETS)
     assert done.returncode == 1 and "NotADirectoryError" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -108,24 +122,23 @@ def test_help_is_quick_to_load_and_names_every_command():
 
 @pytest.mark.parametrize("words", [["rollback"], ["retrain", "--days", "0"], ["dance"], ["retrain", "--set", "horizn=1"],
                                    ["predict", "--version", "20200101-0001"]])
-def test_json_answers_are_json_also_for_wrong_calls(cli, words):
-    done = cli(*words, "--json")
+def test_json_answers_are_json_also_for_wrong_calls(call, words):
+    done = call(*words, "--json")
     answer = json.loads(done.stdout)
     assert done.returncode in (1, 2) and {"error", "problem", "remedy"} == set(answer)
 
 
-def test_what_a_user_writes_is_shown_as_written(cli, tmp_path):
+def test_what_a_user_writes_is_shown_as_written(call, tmp_path):
     """Square brackets are markup to the library that prints; a reason, a path or a setting is not."""
-    from ml_ensemble.versioning import ModelStore
     store = ModelStore(tmp_path / "models")
     store.promote(b"a", {})
     store.promote(b"b", {})
     store.rollback("see [/tmp/x] and [red]")
-    env = {"ML_ENSEMBLE_MODELS": str(store.root)}
-    assert "see [/tmp/x] and [red]" in cli("history", env=env).stdout
-    assert "'foo[/b]'" in cli("retrain", "--set", "foo[/b]=3", env=env).stderr
+    assert "see [/tmp/x] and [red]" in call("history").stdout
+    assert "'foo[/b]'" in call("retrain", "--set", "foo[/b]=3").stderr
 
 
+@pytest.mark.slow
 def test_an_interrupted_retrain_says_so_records_it_and_leaves_production(cli, tmp_path):
     env = {**os.environ, "ML_ENSEMBLE_MODELS": str(tmp_path / "models")}
     running = subprocess.Popen([sys.executable, "-m", "ml_ensemble.cli", "retrain"], env=env, stderr=subprocess.PIPE,

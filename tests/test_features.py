@@ -361,7 +361,15 @@ def test_a_custom_feature_that_fails_changes_nothing(sandbox):
     assert stream.step(*bar).tobytes() == other.step(*bar).tobytes()
 
 
-def test_ctrl_c_inside_a_custom_feature_leaves_the_stream_as_it_was(sandbox):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises KeyboardInterrupt, as in a program of a user; a parallel test process ignores it otherwise."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_inside_a_custom_feature_leaves_the_stream_as_it_was(interruptible, sandbox):
     @custom_feature(window=[3, 0])
     def interrupted(bars):
         if bars.volume[-1] == 4.25:

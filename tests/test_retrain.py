@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,29 +14,24 @@ import nbformat
 import numpy as np
 import pytest
 
-from conftest import QUICK
+from conftest import QUICK, TINY, hand_made_payload
 from ml_ensemble import FeatureManager, ModelStore, ProductionEnsemble, retrain
 from ml_ensemble.config import load_settings
 from ml_ensemble.core import ConfigError, FeatureError, IntegrityError, RetrainError, sha256_hex
 from ml_ensemble.custom_features import load_custom
+from ml_ensemble.ensemble import restore_ensemble
 from ml_ensemble.market_data import simulate_market
 from ml_ensemble.monitoring import diagnose
-from ml_ensemble.retraining import (compare_with_production, get_market, get_training_set, mix_learners,
+from ml_ensemble.retraining import (compare_with_production, evaluate_mixed, get_market, get_training_set, mix_learners,
                                     run_walk_forward)
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 silent = lambda text: None
 
 
-def run(store, *more, **options):
-    return retrain(overrides=(*QUICK, *more), store=store, show_progress=False, **options)
-
-
-@pytest.fixture(scope="module")
-def twice(tmp_path_factory):
-    """Two retrains on the same data and seed."""
-    store = ModelStore(tmp_path_factory.mktemp("models"))
-    return store, run(store), run(store)
+def run(store, *more, base=TINY, **options):
+    return retrain(overrides=(*base, *more), store=store, show_progress=False, **options)
 
 
 @pytest.fixture
@@ -60,8 +56,8 @@ def inbox(monkeypatch):
     server.server_close()
 
 
-def test_the_store_has_the_layout_it_promises(twice):
-    store, first, second = twice
+def test_the_store_has_the_layout_it_promises(trained):
+    store, first, second = trained
     assert first.promoted and second.promoted
     here = {p.relative_to(store.root).as_posix() for p in store.root.rglob("*") if p.is_file()}
     expected = {"production/production_ensemble.pkl", "production/production_model_metadata.json",
@@ -77,19 +73,22 @@ def test_the_store_has_the_layout_it_promises(twice):
     assert here - {".lock"} == expected | backups
 
 
-def test_a_custom_feature_goes_all_the_way_into_production(store, tmp_path, monkeypatch):
+def test_a_custom_feature_and_an_isotonic_calibration_go_all_the_way_into_production(store, tmp_path, monkeypatch):
     (tmp_path / "my_features.py").write_text(
         "from ml_ensemble.custom_features import custom_feature\n\n"
         "@custom_feature(window=[11, 0], unit=\"ratio\")\n"
         "def range_12(bars):\n    \"high over low of 12 bars\"\n    return bars.high.max() / bars.low.min() - 1\n")
     monkeypatch.syspath_prepend(tmp_path)                       # here, and for the processes that are started
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    outcome = run(store, "features.custom=[my_features:range_12]")
+    outcome = run(store, "features.custom=[my_features:range_12]", "calibration=isotonic", "n_estimators=40")
     assert outcome.promoted and outcome.metadata["features"][12:] == ["range_12"]
+    parity = next(c for c in outcome.verdict.criteria if c.name == "artefact parity")
+    assert parity.status == "pass" and outcome.metadata["artefact"]["parity_error"] > 0   # isotonic steps once failed it
     with pytest.raises(FeatureError, match=r"custom features range_12.*FeatureManager\(custom"):
         ProductionEnsemble(store=store)
     manager = FeatureManager(custom=[load_custom("my_features:range_12")])
     model = ProductionEnsemble(store=store, features=manager)
+    assert model.get_model_info()["calibration"]["kind"] == "isotonic"
     candles, _ = simulate_market(200, seed=5)
     features = manager.generate_features(candles)
     assert np.isfinite(model.predict_proba(features)[49:]).all()
@@ -97,16 +96,16 @@ def test_a_custom_feature_goes_all_the_way_into_production(store, tmp_path, monk
         model.predict_proba(FeatureManager().generate_features(candles))
 
 
-def test_the_same_data_and_seed_give_the_same_figures(twice):
-    store, first, second = twice
+def test_the_same_data_and_seed_give_the_same_figures(trained):
+    store, first, second = trained
     assert first.metadata["metrics"] == second.metadata["metrics"]
     assert first.metadata["data"]["hash"] == second.metadata["data"]["hash"]
     learners = lambda outcome: store.read(outcome.version)[1]
     assert sha256_hex(learners(first)) == sha256_hex(learners(second))
 
 
-def test_the_metadata_answers_what_will_be_asked(twice):
-    store, _, second = twice
+def test_the_metadata_answers_what_will_be_asked(trained):
+    store, _, second = trained
     facts = store.current()
     assert facts["version"] == second.version and facts["sequence"] == 2
     model = (store.production / "production_ensemble.pkl").read_bytes()
@@ -145,8 +144,8 @@ def compared(store, *more):
     return compare_with_production(settings, market, data, mixed, store, silent)
 
 
-def test_a_changed_recipe_is_held_against_the_champions_on_the_same_folds(twice, monkeypatch):
-    store, first, _ = twice
+def test_a_changed_recipe_is_held_against_the_champions_on_the_same_folds(trained, monkeypatch):
+    store, first, _ = trained
     lived, unchanged, changes = compared(store)
     assert unchanged.rows == 0 and unchanged.note == f"the recipe is that of champion {store.current()['version']}"
     assert lived.rows == 0 and "no bar is newer" in lived.note and "more weeks" in lived.note and changes == []
@@ -162,8 +161,8 @@ def test_a_changed_recipe_is_held_against_the_champions_on_the_same_folds(twice,
     assert broken.rows == 0 and "cannot be run today" in broken.note
 
 
-def test_early_stopping_and_weights_reach_the_learners_and_are_told(twice):
-    store, first, _ = twice
+def test_early_stopping_and_weights_reach_the_learners_and_are_told(trained):
+    store, first, _ = trained
     plain = {name: learner["parameters"]["n_estimators"] for name, learner in
              json.loads((store.root / "training/training_metadata.json").read_text())["learners"].items()}
     assert set(plain.values()) == {40}
@@ -181,22 +180,15 @@ def test_early_stopping_and_weights_reach_the_learners_and_are_told(twice):
         load_settings(["class_weight=balanced", "calibration=none"])
 
 
-def test_an_isotonic_version_answers_as_its_learners_do(store):
-    """Its steps once made a millionth of a probability into a hundred-thousandth, and the gate refused."""
-    outcome = run(store, "calibration=isotonic", "n_splits=2")
-    parity = next(c for c in outcome.verdict.criteria if c.name == "artefact parity")
-    assert parity.status == "pass" and outcome.metadata["artefact"]["parity_error"] > 0
-
-
-def test_too_little_data_is_a_verdict_of_its_own(twice, tmp_path, inbox):
+def test_too_little_data_is_a_verdict_of_its_own(tmp_path, inbox):
     outcome = run(ModelStore(tmp_path / "models"), "min_samples=5000")
     assert not outcome.promoted and outcome.verdict.outcome == "not enough evidence"
     assert outcome.to_dict()["gate"]["bars_needed"] == 5000 and outcome.version is None
     assert "not enough evidence, about 5,000 bars" in inbox[0]["title"]
 
 
-def test_a_fresh_process_uses_it_as_the_readme_says(twice, sandbox, tmp_path):
-    store, *_ = twice
+def test_a_fresh_process_uses_it_as_the_readme_says(trained, sandbox, tmp_path):
+    store, *_ = trained
     sandbox.to_parquet(tmp_path / "candles.parquet")
     script = """
 import pandas as pd, sys
@@ -212,8 +204,8 @@ print(sorted({"sklearn", "lightgbm", "xgboost", "numba", "pydantic"} & set(sys.m
     assert done.stdout.splitlines() == ["1500 (1500, 2) 0.4", "[]"], done.stderr
 
 
-def test_the_report_shows_every_step_and_stands_alone(twice):
-    _, first, _ = twice
+def test_the_report_shows_every_step_and_stands_alone(trained):
+    _, first, _ = trained
     notebook = nbformat.read(first.report, 4)
     html = first.report.with_suffix(".html").read_text()
     titles = re.findall(r"^## (.+)$", "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown"), re.M)
@@ -224,32 +216,30 @@ def test_the_report_shows_every_step_and_stands_alone(twice):
     assert not re.search(r"(import|from) [\"']https?:", html)
 
 
-def test_rollback_brings_the_first_version_back(tmp_path, monkeypatch, sandbox):
-    store = ModelStore(tmp_path / "models")
-    first, second = run(store), run(store, "threshold=0.004", accept_change=True)
+def test_rollback_brings_the_version_before_back(trained_copy, monkeypatch, sandbox):
     features = FeatureManager().generate_features(sandbox)
-    before = ProductionEnsemble(first.version, store=store).predict_proba(features)
-    assert not np.allclose(before, ProductionEnsemble(store=store).predict_proba(features), equal_nan=True)
-    monkeypatch.setenv("ML_ENSEMBLE_MODELS", str(store.root))
+    champion, before = trained_copy.current()["version"], ProductionEnsemble(store=trained_copy).predict_proba(features)
+    other = trained_copy.promote(restore_ensemble(hand_made_payload()).to_bytes(), {"fingerprint": FeatureManager().fingerprint})
+    assert not np.allclose(before, ProductionEnsemble(store=trained_copy).predict_proba(features), equal_nan=True)
+    monkeypatch.setenv("ML_ENSEMBLE_MODELS", str(trained_copy.root))
     command = [sys.executable, "-m", "ml_ensemble.cli", "rollback", "--reason", "test", "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    answer = {"version": first.version, "sequence": 3, "replaced": second.version, "reason": "test"}
+    answer = {"version": champion, "sequence": 4, "replaced": other["version"], "reason": "test"}
     assert json.loads(done.stdout) == answer
-    np.testing.assert_array_equal(ProductionEnsemble(store=store).predict_proba(features), before)
-    assert store.history()[-1]["reason"] == "test"
+    np.testing.assert_array_equal(ProductionEnsemble(store=trained_copy).predict_proba(features), before)
+    assert trained_copy.history()[-1]["reason"] == "test"
 
 
-@pytest.mark.parametrize("override, path, value", [
-    ("n_estimators=25", ("learners", "xgboost", "n_estimators"), 25), ("horizon=3", ("labels", "horizon"), 3),
-    ("labels.threshold=0.005", ("labels", "threshold"), 0.005)])
-def test_a_setting_takes_effect_and_shows_in_the_metadata(twice, tmp_path, override, path, value):
-    outcome = run(ModelStore(tmp_path / "models"), override)
-    found = outcome.metadata["configuration"]
-    for key in path:
-        found = found[key]
-    assert found == value
-    assert outcome.metadata["metrics"]["metrics"]["log_loss"] != twice[1].metadata["metrics"]["metrics"]["log_loss"]
+def log_loss_with(*more) -> float:
+    settings = load_settings((*TINY, *more))
+    walk = run_walk_forward(settings, get_training_set(settings, get_market(settings)), silent)
+    return evaluate_mixed(settings, mix_learners(settings, walk)).metrics["log_loss"]
+
+
+def test_each_setting_takes_effect():
+    changed = ("learners.xgboost.n_estimators=25", "horizon=3", "labels.threshold=0.005")
+    assert len({log_loss_with(), *map(log_loss_with, changed)}) == 4
 
 
 @pytest.mark.parametrize("override", ["horizn=3", "horizon=-1", "source=nowhere", "horizon"])
@@ -259,12 +249,11 @@ def test_a_wrong_setting_fails_before_any_work(store, override):
     assert not store.root.exists()
 
 
-def test_nasdaq_is_refused_with_reasons_and_production_stays(nasdaq, tmp_path, inbox):
+def test_nasdaq_is_refused_with_reasons_and_production_stays(trained_copy, nasdaq, tmp_path, inbox):
     nasdaq.to_csv(tmp_path / "nasdaq.csv")
-    store = ModelStore(tmp_path / "models")
-    champion = run(store).version
+    store, champion = trained_copy, trained_copy.current()["version"]
     before = {p.name: p.read_bytes() for p in store.production.iterdir()}
-    outcome = run(store, "calendar=sessions", "days=null", source=f"file:{tmp_path}/nasdaq.csv")
+    outcome = run(store, "calendar=sessions", "days=null", base=QUICK, source=f"file:{tmp_path}/nasdaq.csv")
     assert not outcome.promoted and outcome.current == champion
     assert outcome.metadata["data"]["samples"] == 5031 - 49 - 2
     failed = {criterion.name for criterion in outcome.verdict.failures}
@@ -290,21 +279,20 @@ def test_a_run_that_fails_half_way_leaves_a_report_an_alert_and_production_untou
     assert store.history()[-1]["kind"] == "failure" and "GapError" in inbox[0]["message"]
 
 
-def test_a_broken_champion_does_not_stop_a_retrain(tmp_path):
-    store = ModelStore(tmp_path / "models")
-    run(store)
+def test_a_broken_champion_does_not_stop_a_retrain(trained_copy):
+    store = trained_copy
     for path in (*store.production.glob("*.pkl"), *store.archive.glob("*.pkl")):
         path.write_bytes(b"damaged")
     with pytest.raises(IntegrityError):
         ProductionEnsemble(store=store)
     (store.production / "production_model_metadata.json").write_text("{")
     assert run(store).promoted
-    assert ProductionEnsemble(store=store).get_model_info()["sequence"] == 2
+    assert ProductionEnsemble(store=store).get_model_info()["sequence"] == 3
 
 
-def test_a_passed_parameter_takes_effect_in_the_notebook(twice):
+def test_a_passed_parameter_takes_effect_in_the_notebook(trained):
     """nbdev_clean can strip the tag; papermill then writes its values above the defaults, which win, and exits 0."""
-    notebook = nbformat.read(twice[1].report, 4)
+    notebook = nbformat.read(trained[1].report, 4)
     tagged = [i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])]
     injected = [i for i, cell in enumerate(notebook.cells) if "injected-parameters" in cell.metadata.get("tags", [])]
     assert len(tagged) == len(injected) == 1 and injected[0] == tagged[0] + 1
@@ -312,27 +300,27 @@ def test_a_passed_parameter_takes_effect_in_the_notebook(twice):
 
 def test_three_classes_and_triple_barrier_go_all_the_way(tmp_path, sandbox):
     store = ModelStore(tmp_path / "models")
-    outcome = run(store, "classes=3", "method=triple_barrier", "horizon=4", "threshold=0.015", "min_weighted_f1=-1",
-                  "min_skill_lower=-1", "min_f1_over_majority=-1", "max_calibration_error=1")
+    labels = {"classes": 3, "method": "triple_barrier", "horizon": 4, "threshold": 0.015}
+    outcome = run(store, *(f"{name}={value}" for name, value in labels.items()))
     assert outcome.promoted, str(outcome.verdict)
+    assert outcome.metadata["configuration"]["labels"].items() >= labels.items()
+    assert outcome.metadata["configuration"]["learners"]["xgboost"]["n_estimators"] == 10
     model = ProductionEnsemble(store=store)
     proba = model.predict_proba(FeatureManager().generate_features(sandbox))
     assert proba.shape == (1500, 3) and np.allclose(proba[49:].sum(axis=1), 1)
     assert set(np.unique(model.predict(FeatureManager().generate_features(sandbox)))) <= {-1, 0, 1}
 
 
-def test_the_diagnosis_of_a_healthy_store_and_of_a_sick_one(twice, tmp_path):
-    store = twice[0]
+def test_the_diagnosis_of_a_healthy_store_and_of_a_sick_one(trained, trained_copy):
+    store = trained[0]
     assert diagnose(store).healthy
-    import shutil
-    copy = ModelStore(shutil.copytree(store.root, tmp_path / "copy"))
-    (copy.production / "production_ensemble.pkl").write_bytes(b"damaged")
-    sick = diagnose(copy)
+    (trained_copy.production / "production_ensemble.pkl").write_bytes(b"damaged")
+    sick = diagnose(trained_copy)
     assert not sick.healthy and "serves instead" in next(f.seen for f in sick.findings if f.part == "production")
 
 
-def test_the_price_level_does_not_matter_to_the_model(twice, sandbox):
-    model, scaled = ProductionEnsemble(store=twice[0]), sandbox.copy()
+def test_the_price_level_does_not_matter_to_the_model(trained, sandbox):
+    model, scaled = ProductionEnsemble(store=trained[0]), sandbox.copy()
     scaled[["open", "high", "low", "close"]] *= 1000
     proba = lambda candles: model.predict_proba(FeatureManager().generate_features(candles))[49:]
     np.testing.assert_allclose(proba(scaled), proba(sandbox), atol=1e-6)
@@ -340,7 +328,6 @@ def test_the_price_level_does_not_matter_to_the_model(twice, sandbox):
 
 @pytest.mark.parametrize("text", ["- a", "hello", "1: 2", "data:\n\tsource: x", "", "labels: 3"])
 def test_a_broken_configuration_is_told_and_somebody_hears_of_it(tmp_path, monkeypatch, inbox, text):
-    import shutil
     for folder in ("config", "nbs"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     (tmp_path / "config/core/base.yaml").write_text(text)
@@ -351,7 +338,6 @@ def test_a_broken_configuration_is_told_and_somebody_hears_of_it(tmp_path, monke
 
 
 def test_an_environment_variable_can_be_null_or_wrong(monkeypatch):
-    from ml_ensemble.config import load_settings
     monkeypatch.setenv("ML_ENSEMBLE_DATA__DAYS", "null")
     assert load_settings(["days=3"]).data.days == 3 and load_settings().data.days is None
     monkeypatch.setenv("ML_ENSEMBLE_DATA__REPAIRS", "sort")
@@ -359,9 +345,7 @@ def test_an_environment_variable_can_be_null_or_wrong(monkeypatch):
         load_settings()
 
 
-def test_a_version_whose_metadata_says_nothing_is_a_finding_not_a_crash(twice, tmp_path):
-    import shutil
-    copy = ModelStore(shutil.copytree(twice[0].root, tmp_path / "copy"))
-    path = copy.production / "production_model_metadata.json"
+def test_a_version_whose_metadata_says_nothing_is_a_finding_not_a_crash(trained_copy):
+    path = trained_copy.production / "production_model_metadata.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "created_at": "yesterday", "metrics": None}))
-    assert {f.part: f.status for f in diagnose(copy).findings}["figures"] == "fault"
+    assert {f.part: f.status for f in diagnose(trained_copy).findings}["figures"] == "fault"

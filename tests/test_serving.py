@@ -439,6 +439,7 @@ def test_a_new_definition_of_the_features_begins_a_new_stream(store):
     assert model.reload_if_changed() is False
 
 
+@pytest.mark.slow
 def test_80_000_decisions_on_8_threads_each_belong_to_one_version_through_50_swaps(store, features):
     """Half of them from rows, half from the shared stream, whose bars are so even that each version has one answer."""
     rows = features.to_numpy()[60:260]
