@@ -8,7 +8,7 @@ RECORDED_PAGES := nbs/ablation.ipynb nbs/gate_characteristics.ipynb nbs/tune.ipy
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
-.PHONY: help install retrain test export-check lab notebooks bench lock clean
+.PHONY: help install retrain test test-quick export-check lab notebooks bench lock clean
 .DEFAULT_GOAL := help
 
 help: ## Print this list
@@ -31,10 +31,14 @@ retrain: .venv/.installed ## Run the weekly retrain notebook on the embedded san
 export-check: .venv/.installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/check_export.py
 
-test: export-check ## Export is fresh, nbdev_test, pytest; branch coverage over both
-	@rm -f .coverage .coverage.*
-	@ML_ENSEMBLE_MODELS=$$(mktemp -d) $(BIN)/python -m coverage run $(BIN)/nbdev_test --n_workers 0
-	@$(BIN)/python -m pytest --cov --cov-append --cov-report=term --cov-fail-under=85
+# Tests run side by side, one process a CPU; each takes about 700 MB.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
+
+test: export-check ## Export is fresh; notebooks as nbdev_test runs them and tests side by side; branch coverage
+	@$(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term --cov-fail-under=85 $(ARGS)
+
+test-quick: export-check ## The same without notebooks, coverage and what is slow: for the edit loop, below 90 s
+	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(ARGS)
 
 lab: .venv/.installed ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir nbs

@@ -474,7 +474,8 @@ PAGE = "{% extends 'lab/index.html.j2' %}" + "".join(
 def render(report: Path) -> Path:
     "An executed notebook as one self-contained HTML file beside it: no script, style or image from elsewhere."
     from nbconvert import HTMLExporter
-    exporter = HTMLExporter(raw_template=PAGE, embed_images=True, exclude_input_prompt=True, exclude_output_prompt=True)
+    exporter = HTMLExporter(raw_template=PAGE, embed_images=True, exclude_input_prompt=True, exclude_output_prompt=True,
+                            exclude_raw=True)
     html, _ = exporter.from_filename(str(report))
     return write_atomic(report.with_suffix(".html"), html)
 

@@ -73,6 +73,13 @@ def test_the_store_has_the_layout_it_promises(trained):
     assert here - {".lock"} == expected | backups
 
 
+def test_the_configuration_as_it_stands_passes_its_gate_on_the_documented_market(store):
+    outcome = run(store, base=())
+    assert outcome.promoted, str(outcome.verdict)
+    assert outcome.metadata["configuration"]["learners"]["xgboost"]["n_estimators"] == 900
+    assert "skip_exec" not in outcome.report.with_suffix(".html").read_text()      # a note to nbdev_test, not to readers
+
+
 def test_a_custom_feature_and_an_isotonic_calibration_go_all_the_way_into_production(store, tmp_path, monkeypatch):
     (tmp_path / "my_features.py").write_text(
         "from ml_ensemble.custom_features import custom_feature\n\n"

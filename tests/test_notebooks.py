@@ -1,0 +1,18 @@
+"""Every notebook runs from top to bottom, as `nbdev_test` runs it; here beside the other tests, and with their coverage."""
+import os
+from pathlib import Path
+
+import pytest
+from nbdev.test import test_nb as run_notebook
+
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "nbs"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(path.name for path in NOTEBOOKS.glob("[!_]*.ipynb")))
+def test_a_notebook_runs(name, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("ML_ENSEMBLE_MODELS", str(tmp_path / "models"))
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.chdir(NOTEBOOKS)
+    passed, _ = run_notebook(NOTEBOOKS / name, skip_flags=[], basepath=NOTEBOOKS.parent)
+    assert passed, "".join(capfd.readouterr())
