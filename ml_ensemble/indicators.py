@@ -6,10 +6,11 @@
 __all__ = ['STATE', 'WINDOW', 'REFRESH', 'FAINT', 'WARMUP', 'NAN', 'LEAST', 'MOST', 'FAR', 'KERNEL', 'LOOPS', 'COMPILE_FROM',
            'PIECE', 'new_state', 'ema', 'wilder', 'update_trend', 'update_moves', 'update_sums', 'zscore_of', 'show',
            'update', 'run', 'run_markets', 'sound', 'count_faults', 'count_market_faults', 'read_only',
-           'compile_kernel', 'compiled', 'pays_to_compile', 'new_memory', 'feed', 'compute']
+           'compile_kernel', 'compile_or_warn', 'compiled', 'pays_to_compile', 'new_memory', 'feed', 'compute']
 
 # %% ../nbs/01_indicators.ipynb #0403a400
 import math
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from types import FunctionType, SimpleNamespace
@@ -210,18 +211,22 @@ def compile_kernel(cached: bool) -> SimpleNamespace:
     scope["run_markets"](edges, new_state(), one, one, one, one, np.empty((1, 12)))
     return SimpleNamespace(**{name: scope[name] for name in LOOPS})
 
-@cache
-def compiled() -> SimpleNamespace | None:
-    "The compiled loops, which run without the interpreter's lock; None where numba is missing or does not work."
+def compile_or_warn(build: Callable[[bool], object]):
+    "What `build(cached)` compiles; None where numba is missing, and with a warning where it does not work."
     if find_spec("numba") is None:
         return None
     for cached in (True, False):          # the second time without its files: no place for them, disk full, damaged
         try:
-            return compile_kernel(cached and "__file__" in globals())
+            return build(cached and "__file__" in globals())
         except Exception as error:
             reason = error
-    warn(f"numba is installed but does not work here, long histories will be slow: {reason}", RuntimeWarning, 2)
+    warn(f"numba is installed but does not work here, long histories will be slow: {reason}", RuntimeWarning, 3)
     return None
+
+@cache
+def compiled() -> SimpleNamespace | None:
+    "The compiled loops, which run without the interpreter's lock; None where numba is missing or does not work."
+    return compile_or_warn(compile_kernel)
 
 def pays_to_compile(bars: int) -> bool:
     "Whether so many bars are worth loading numba for, or it is loaded already."

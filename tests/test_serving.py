@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 
-from ml_ensemble import FeatureManager, ProductionEnsemble
+from ml_ensemble import FeatureManager, ProductionEnsemble, compiled_trees
 from ml_ensemble import ensemble as serving
 from ml_ensemble.base_learners import make_learners
 from ml_ensemble.config import load_settings
@@ -27,7 +27,8 @@ from ml_ensemble.core import (ColumnTypeError, ConfigError, DuplicateError, Feat
                               NegativeValueError, StoreError, TimestampError, UnsafeModelError, UnsortedError,
                               ValidationError)
 from ml_ensemble.custom_features import custom_feature
-from ml_ensemble.ensemble import Decision, restore_ensemble, run_graph
+from ml_ensemble.ensemble import BatchGraph, Decision, restore_ensemble, run_graph
+from ml_ensemble.indicators import COMPILE_FROM
 from ml_ensemble.labels import forward_return_labels
 from ml_ensemble.market_data import simulate_market
 from ml_ensemble.model_file import read_payload
@@ -573,7 +574,9 @@ def test_100_000_rows_also_on_and_beside_every_split_get_the_learners_probabilit
     model = sandbox_ensemble(classes, calibration=calibration)
     rows, placed = rows_around_splits(learners, data.view, 1 if classes == 2 else 3, 100_000, np.random.default_rng(5))
     assert len(rows) == 100_000 > placed > 3000
-    ours = run_graph(model._live.bundle, rows)
+    bundle = model._live.bundle
+    ours, batch = (run_graph(bundle, graph, rows) for graph in (bundle.graph, bundle.graph.for_rows(len(rows))))
+    assert batch.tobytes() == ours.tobytes() and bundle.graph.for_rows(1) is not bundle.graph      # compiled, same bits
     theirs = trained_proba(learners, rows, WEIGHTS, CALIBRATIONS[calibration])
     assert np.abs(ours - theirs).max() < 1e-6
     if classes == 2:
@@ -584,6 +587,28 @@ def test_100_000_rows_also_on_and_beside_every_split_get_the_learners_probabilit
     said = serving.decide_all(model._live.bundle, theirs)
     assert (serving.decide_all(model._live.bundle, ours) == said)[clear].all()
     assert clear.mean() > 0.999 and len(np.unique(said)) >= 2
+
+
+def test_compiled_trees_give_the_bits_of_decide_on_100_000_rows():
+    data, learners = sandbox_learned(2, 1)
+    bundle = sandbox_ensemble(calibration="platt")._live.bundle
+    rows, _ = rows_around_splits(learners, data.view, 1, 100_000, np.random.default_rng(6))
+    batch = run_graph(bundle, bundle.graph.for_rows(len(rows)), rows)
+    one_by_one = np.concatenate([run_graph(bundle, bundle.graph, rows[row:row + 1]) for row in range(len(rows))])
+    assert batch.tobytes() == one_by_one.tobytes()
+
+
+def test_many_rows_are_answered_alike_with_and_without_numba(monkeypatch):
+    data, _ = sandbox_learned(2, 1)
+    features = np.tile(data.features.to_numpy(), (COMPILE_FROM // len(data) + 1, 1))
+    found = []
+    for loop in (compiled_trees.compiled_loop, lambda: None):
+        monkeypatch.setattr(compiled_trees, "compiled_loop", loop)
+        model = sandbox_ensemble(calibration="platt")
+        found.append(model.predict_proba(features))
+        assert isinstance(model._live.bundle.graph.for_rows(len(features)), BatchGraph) == (len(found) == 1)
+    assert found[0].tobytes() == found[1].tobytes()
+    assert [model.predict_one(row).probabilities for row in features[:100]] == [tuple(row) for row in found[0][:100].tolist()]
 
 
 # --- figures, information, export -------------------------------------------------------------------------------------
