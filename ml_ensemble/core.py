@@ -7,14 +7,17 @@ __all__ = ['MLEnsembleError', 'ConfigError', 'DataError', 'FeatureError', 'Valid
            'NotATableError', 'EmptyDataError', 'MissingColumnError', 'ColumnTypeError', 'TimestampError',
            'UnsortedError', 'DuplicateError', 'GapError', 'MissingValueError', 'InfiniteValueError',
            'NegativeValueError', 'HighLowError', 'TooShortError', 'ModelNotFoundError', 'IntegrityError',
-           'LFSPointerError', 'UnsafeModelError', 'StaleStoreError', 'canonical_json', 'readable_json', 'sha256_hex',
-           'sync_directory', 'write_atomic', 'utc_now', 'iso', 'project_root', 'models_dir', 'version_id']
+           'LFSPointerError', 'UnsafeModelError', 'StaleStoreError', 'MissingExtraError', 'requires_extra',
+           'canonical_json', 'readable_json', 'sha256_hex', 'sync_directory', 'write_atomic', 'utc_now', 'iso',
+           'package_dir', 'find_project', 'project_root', 'find_file', 'core_file', 'page_file', 'models_dir',
+           'version_id']
 
 # %% ../nbs/00_core.ipynb #dd71e0b3
 import hashlib
 import json
 import os
 import tempfile
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -107,6 +110,19 @@ class UnsafeModelError(StoreError):
 class StaleStoreError(StoreError):
     """Somebody else promoted in the meantime."""
 
+# %% ../nbs/00_core.ipynb #c0de0002
+class MissingExtraError(MLEnsembleError, ImportError):
+    """A part of the package needs an extra that is not installed."""
+
+@contextmanager
+def requires_extra(extra: str = "train"):
+    "Around imports: a package that is not installed raises `MissingExtraError`, which names the extra to install."
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(f"the package {error.name!r} is not installed; it belongs to the extra {extra!r}",
+                                f'Run `pip install "ml_ensemble[{extra}]"`.') from error
+
 # %% ../nbs/00_core.ipynb #2e0bea55
 def canonical_json(value) -> str:
     "The one JSON text of `value`: sorted keys, no spaces; NaN and infinity are refused."
@@ -158,23 +174,55 @@ def iso(moment: datetime) -> str:
     "A moment as ISO 8601 in UTC, ending in Z."
     return moment.astimezone(timezone.utc).isoformat().replace("+00:00", "Z")
 
-def project_root(start: str | Path | None = None) -> Path:
-    "The folder that holds `config/core/base.yaml`: `ML_ENSEMBLE_ROOT`, the nearest one upwards, or the package's own."
+def package_dir() -> Path | None:
+    "The folder of the installed package; None in the notebook that defines it."
+    file = globals().get("__file__")
+    return Path(file).resolve().parent if file else None
+
+def find_project(start: str | Path | None = None) -> Path | None:
+    "The project: `ML_ENSEMBLE_ROOT`, the nearest folder upwards with a configuration, the package's clone, or None."
     if os.environ.get("ML_ENSEMBLE_ROOT"):
         return Path(os.environ["ML_ENSEMBLE_ROOT"]).resolve()
-    here = Path(start or Path.cwd()).resolve()
-    package = globals().get("__file__")
-    places = [here, *here.parents] + ([Path(package).resolve().parent.parent] if package else [])
-    for place in places:
-        if (place / "config" / "core" / "base.yaml").is_file():
-            return place
-    raise ConfigError(f"no project found: no folder from {here} upwards holds config/core/base.yaml",
-                      "Run inside the project, or set ML_ENSEMBLE_ROOT to its folder.")
+    here, package = Path(start or Path.cwd()).resolve(), package_dir()
+    places = [here, *here.parents] + ([package.parent] if package else [])
+    return next((place for place in places if (place / "config" / "core" / "base.yaml").is_file()), None)
+
+def project_root(start: str | Path | None = None) -> Path:
+    "The project as `find_project` finds it; an error where there is none."
+    root = find_project(start)
+    if root is None:
+        raise ConfigError(f"no folder from {Path(start or Path.cwd()).resolve()} upwards holds config/core/base.yaml",
+                          "Run inside the project, or set ML_ENSEMBLE_ROOT to its folder.")
+    return root
+
+# %% ../nbs/00_core.ipynb #c0de0004
+def find_file(in_project: str, in_package: str) -> Path:
+    "A file of the project; where the project has no such file, the one of the package or of the package's clone."
+    root, package = find_project(), package_dir()
+    places = ([root / in_project] if root else []) + ([package / in_package, package.parent / in_project] if package else [])
+    for path in places:
+        if path.is_file():
+            return path
+    raise ConfigError(f"{in_project} is neither in the project ({root or 'there is none'}) nor in the package",
+                      "Restore it from git, or install the package again.")
+
+def core_file(name: str) -> Path:
+    "A file of the core configuration: `config/core/` of the project, or the copy in the package."
+    return find_file(f"config/core/{name}", f"defaults/core/{name}")
+
+def page_file(name: str) -> Path:
+    "A notebook that a command executes: `nbs/` of the project, or the copy in the package."
+    return find_file(f"nbs/{name}", f"pages/{name}")
 
 def models_dir() -> Path:
     "The model store: `ML_ENSEMBLE_MODELS`, or `models/` of the project."
-    named = os.environ.get("ML_ENSEMBLE_MODELS")
-    return Path(named).resolve() if named else project_root() / "models"
+    if named := os.environ.get("ML_ENSEMBLE_MODELS"):
+        return Path(named).resolve()
+    root = find_project()
+    if root is None:
+        raise ConfigError(f"there is no model store: ML_ENSEMBLE_MODELS is not set, and {Path.cwd()} is not in a project",
+                          "Set ML_ENSEMBLE_MODELS to the folder of the model store.")
+    return root / "models"
 
 # %% ../nbs/00_core.ipynb #774165a6
 def version_id(sequence: int, created_at: datetime) -> str:
