@@ -10,14 +10,16 @@ __all__ = ['MAX_SHARPE', 'MAX_YEARLY', 'positions', 'net_returns', 'Performance'
 from dataclasses import asdict, dataclass
 
 import numpy as np
-import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.dates import ConciseDateFormatter
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
-from scipy.stats import kurtosis, norm, skew
 
-from .core import ValidationError
+from .core import ValidationError, requires_extra
+
+with requires_extra():
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.dates import ConciseDateFormatter
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
+    from scipy.stats import kurtosis, norm, skew
 
 # %% ../nbs/18_backtest.ipynb #fb080bc9
 def positions(decisions: np.ndarray, horizon: int = 1) -> np.ndarray:

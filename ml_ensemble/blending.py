@@ -11,13 +11,16 @@ __all__ = ['STEP', 'NEVER', 'OBJECTIVES', 'taken', 'learn_weights', 'select_gree
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from scipy.optimize import minimize
-from sklearn.isotonic import IsotonicRegression
-from sklearn.metrics import f1_score
+
+from .core import ConfigError, ValidationError, requires_extra
+
+with requires_extra():
+    from scipy.optimize import minimize
+    from sklearn.isotonic import IsotonicRegression
+    from sklearn.metrics import f1_score
 
 from .backtest import net_returns, positions
 from .config import Settings
-from .core import ConfigError, ValidationError
 from .ensemble import calibrate
 from .evaluation import OutOfSample
 from .spread import side_cost

@@ -12,9 +12,12 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 import numpy as np
-import pandas as pd
 
-from .core import MLEnsembleError
+from .core import MLEnsembleError, requires_extra
+
+with requires_extra():
+    import pandas as pd
+
 from .ensemble import ProductionEnsemble
 from .evaluation import OutOfSample, paired_skill_difference
 from .feature_manager import FeatureManager

@@ -12,19 +12,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
-from arch.bootstrap import StationaryBootstrap, optimal_block_length
-from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
-from matplotlib.figure import Figure
-from scipy.stats import t as student_t
-from sklearn.metrics import (
-    accuracy_score, confusion_matrix, f1_score, matthews_corrcoef, precision_recall_curve, precision_score,
-    recall_score, roc_auc_score, roc_curve,
-)
 
-from .core import ValidationError, iso
+from .core import ValidationError, iso, requires_extra
+
+with requires_extra():
+    import pandas as pd
+    from arch.bootstrap import StationaryBootstrap, optimal_block_length
+    from matplotlib.axes import Axes
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+    from matplotlib.figure import Figure
+    from scipy.stats import t as student_t
+    from sklearn.metrics import (
+        accuracy_score, confusion_matrix, f1_score, matthews_corrcoef, precision_recall_curve, precision_score,
+        recall_score, roc_auc_score, roc_curve,
+    )
 
 # %% ../nbs/17_evaluation.ipynb #fac112ca
 def _check_probabilities(name: str, proba: np.ndarray, samples: int, classes: tuple[int, ...]) -> None:

@@ -9,10 +9,12 @@ __all__ = ['silent', 'judge_market', 'market_row', 'judge_fleet']
 from collections.abc import Mapping
 from functools import partial
 
-import pandas as pd
+from .core import MLEnsembleError, requires_extra
+
+with requires_extra():
+    import pandas as pd
 
 from .config import load_settings
-from .core import MLEnsembleError
 from .evaluation import Evaluation
 from .retraining import evaluate_blend, get_market, get_training_set, run_walk_forward
 

@@ -8,9 +8,11 @@ __all__ = ['ENTRIES', 'METHODS', 'entry_prices', 'next_returns', 'forward_return
 
 # %% ../nbs/12_labels.ipynb #dc5295bf
 import numpy as np
-import pandas as pd
 
-from .core import ValidationError
+from .core import ValidationError, requires_extra
+
+with requires_extra():
+    import pandas as pd
 
 # %% ../nbs/12_labels.ipynb #6c2af8ea
 ENTRIES = ("next_open", "close")

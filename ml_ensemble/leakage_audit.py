@@ -19,15 +19,18 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
 import numpy as np
-import pandas as pd
-from sklearn.metrics import roc_auc_score
-from sklearn.tree import DecisionTreeClassifier
+
+from .core import ValidationError, requires_extra
+
+with requires_extra():
+    import pandas as pd
+    from sklearn.metrics import roc_auc_score
+    from sklearn.tree import DecisionTreeClassifier
 
 from .base_learners import NAMES, Fitting, class_shares, encode, make_learners
 from .blending import mix, mixing_of
 from .candles import OHLCV
 from .config import Settings, feature_manager
-from .core import ValidationError
 from .feature_manager import FeatureManager, scale_free, view_names
 from .labels import METHODS, next_returns
 from .spread import entry_delay

@@ -17,14 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
-import pandera.pandas as pa
-from pandas.api import types
-from scipy.signal import lfilter
-from scipy.special import entr, stdtr
 
 from .core import (ColumnTypeError, ConfigError, DataError, EmptyDataError, GapError, NotATableError,
-                              TimestampError, TooShortError)
+                              TimestampError, TooShortError, requires_extra)
+
+with requires_extra():
+    import pandas as pd
+    import pandera.pandas as pa
+    from pandas.api import types
+    from scipy.signal import lfilter
+    from scipy.special import entr, stdtr
+
 from .candles import OHLCV, PRICES, Rule, bar_interval, fault_of, ohlcv_columns, ohlcv_rules
 
 # %% ../nbs/11_market_data.ipynb #60509484

@@ -14,11 +14,14 @@ from datetime import datetime
 from warnings import catch_warnings, simplefilter, warn
 
 import numpy as np
-import pandas as pd
-from matplotlib.figure import Figure
+
+from .core import MLEnsembleError, core_file, requires_extra
+
+with requires_extra():
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 from .config import Settings, feature_manager, load_settings
-from .core import MLEnsembleError, project_root
 from .ensemble import ProductionEnsemble
 from .feature_manager import check_order_file
 from .versioning import ModelStore, archived, read_metadata
@@ -29,7 +32,8 @@ def send_alert(title: str, body: str, kind: str = "info") -> bool:
     urls = os.environ.get("ML_ENSEMBLE_ALERT_URLS", "").split()
     if not urls:
         return False
-    from apprise import Apprise
+    with requires_extra():
+        from apprise import Apprise
     notifier = Apprise()
     accepted = [notifier.add(url) for url in urls]
     try:
@@ -75,7 +79,7 @@ def check_configuration() -> tuple[Finding, Settings | None]:
     "Whether the settings load and the feature order is the one this code computes."
     try:
         settings = load_settings()
-        check_order_file(project_root() / "config" / "core" / "feature_order.json")
+        check_order_file(core_file("feature_order.json"))
         return Finding("configuration", "ok", "settings and feature order are sound"), settings
     except MLEnsembleError as error:
         return Finding("configuration", "fault", error.problem, error.remedy), None

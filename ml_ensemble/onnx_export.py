@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper, numpy_helper
 
-from .core import IntegrityError, write_atomic
+from .core import IntegrityError, requires_extra, write_atomic
+
+with requires_extra():
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
 from .custom_features import load_custom
 from .ensemble import Bundle, ProductionEnsemble, canary_rows, range_limits
 from .feature_manager import ATR, FeatureManager, view_of

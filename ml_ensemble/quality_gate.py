@@ -13,7 +13,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
-from scipy.stats import norm
+
+from .core import requires_extra
+
+with requires_extra():
+    from scipy.stats import norm
 
 from .backtest import Backtest
 from .champion import Comparison

@@ -12,18 +12,21 @@ __all__ = ['RANGE_SPANS', 'RETURN_SPANS', 'SLOPE_PULL', 'INTERCEPT_PULL', 'SOURC
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
-import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from scipy.optimize import minimize
-from scipy.special import softmax
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import SplineTransformer, StandardScaler
+
+from .core import ValidationError, requires_extra
+
+with requires_extra():
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from scipy.optimize import minimize
+    from scipy.special import softmax
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import SplineTransformer, StandardScaler
 
 from .backtest import Backtest, positions
 from .base_learners import SURE, encode, with_every_class
-from .core import ValidationError
 from .evaluation import OutOfSample, bootstrap_skills, row_log_loss
 from .labels import next_returns
 from .training import TrainingSet, WalkForward

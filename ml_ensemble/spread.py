@@ -7,11 +7,15 @@ __all__ = ['PRICES', 'CERTAIN', 'known_spread', 'rolling_spread', 'side_cost', '
 
 # %% ../nbs/13_spread.ipynb #753b5d8a
 import numpy as np
-import pandas as pd
-from bidask import edge_expanding, edge_rolling
-from matplotlib.axes import Axes
-from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
-from matplotlib.figure import Figure
+
+from .core import requires_extra
+
+with requires_extra():
+    import pandas as pd
+    from bidask import edge_expanding, edge_rolling
+    from matplotlib.axes import Axes
+    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+    from matplotlib.figure import Figure
 
 from .market_data import REPEATED, share_of_repeated_opens
 

@@ -18,12 +18,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import onnx
-import pandas as pd
-from onnx import TensorProto, helper
+
+from .core import IntegrityError, requires_extra
+
+with requires_extra():
+    import onnx
+    import pandas as pd
+    from onnx import TensorProto, helper
 
 from .base_learners import Fitting, class_shares, encode, fit_learner, predict_learner
-from .core import IntegrityError
 from .ensemble import (ProductionEnsemble, calibrate, metadata_beside, range_of,
                                   restore_ensemble)
 from .feature_manager import FeatureManager, scale_free, view_names

@@ -13,9 +13,11 @@ from collections.abc import Iterable, Iterator
 from itertools import combinations, pairwise
 
 import numpy as np
-import pandas as pd
 
-from .core import ValidationError
+from .core import ValidationError, requires_extra
+
+with requires_extra():
+    import pandas as pd
 
 # %% ../nbs/14_validation.ipynb #2fd4b338
 def split_times(X, groups) -> tuple[np.ndarray, np.ndarray]:
