@@ -28,7 +28,8 @@ import numpy as np
 from .candles import (MISSING_TIME, NO_NUMBERS, OHLCV, VALUE_RULES, all_sound, bar_times, check_ohlcv,
                                  ohlcv_columns, ohlcv_rules, price_columns)
 from .core import (ColumnTypeError, ConfigError, FeatureError, MissingColumnError, MissingValueError,
-                              MLEnsembleError, TimestampError, canonical_json, readable_json, sha256_hex)
+                              MLEnsembleError, TimestampError, canonical_json, readable_json, requires_extra,
+                              sha256_hex)
 from .custom_features import CustomFeature, WindowBuffer, custom_columns
 from .indicators import (COMPILE_FROM, LEAST, MOST, STATE, WARMUP, WINDOW, compiled, feed, new_memory,
                                     new_state, read_only, sound, update)
@@ -265,7 +266,8 @@ def view_names(manager: FeatureManager) -> list[str]:
 
 def describe_features(features: Sequence):
     "Names, formulas, windows and units as a pandas DataFrame."
-    import pandas as pd
+    with requires_extra():
+        import pandas as pd
     rows = [{"name": f.name, "category": f.category, "formula": f.formula, "window": f"[{f.left}, 0]", "unit": f.unit}
             for f in features]
     return pd.DataFrame(rows).set_index("name")
@@ -446,7 +448,8 @@ def features_of_long_table(manager: FeatureManager, candles, by: str | None, thr
 # %% ../nbs/04_feature_manager.ipynb #a075c732
 def plot_feature(manager: FeatureManager, candles, feature: str, last: int = 120):
     "A feature under its candles, newest `last` bars (matplotlib Figure)."
-    from matplotlib.figure import Figure
+    with requires_extra():
+        from matplotlib.figure import Figure
     price_columns(candles)
     if feature not in manager.get_feature_names():
         raise FeatureError(f"there is no feature {feature!r}", f"Choose one of {', '.join(manager.get_feature_names())}.")

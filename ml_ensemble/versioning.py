@@ -18,7 +18,8 @@ from pathlib import Path
 from warnings import warn
 
 from .core import (IntegrityError, LFSPointerError, ModelNotFoundError, StaleStoreError, StoreError, iso,
-                              models_dir, readable_json, sha256_hex, sync_directory, utc_now, version_id, write_atomic)
+                              models_dir, readable_json, requires_extra, sha256_hex, sync_directory, utc_now, version_id,
+                              write_atomic)
 
 # %% ../nbs/05_versioning.ipynb #a3cd456d
 MODEL_FILE = "production_ensemble.pkl"
@@ -50,7 +51,8 @@ def read_metadata(path: Path) -> dict:
     try:
         metadata = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
     except FileNotFoundError:
-        raise ModelNotFoundError(f"{path} is not there", "Run `ml-ensemble retrain` to make a first version.") from None
+        raise ModelNotFoundError(f"{path} is not there", "Run `ml-ensemble retrain` to make a first version, or set "
+                                 "ML_ENSEMBLE_MODELS to the folder of another store.") from None
     except (OSError, ValueError) as error:
         raise IntegrityError(f"{path} is not readable JSON ({error})", f"{BRING_BACK} --to VERSION`.") from error
     wanted = {"version": str, "sequence": int, "sha256": str}
@@ -124,7 +126,8 @@ class ModelStore:
 
     def locked(self):
         "The store's lock: the kernel frees it when its holder dies."
-        from filelock import FileLock
+        with requires_extra():
+            from filelock import FileLock
         self.root.mkdir(parents=True, exist_ok=True)
         return FileLock(self.root / ".lock", timeout=60)
 
