@@ -4,19 +4,23 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'SURE', 'make_learners', 'encode', 'class_shares', 'Fitting', 'sample_weights', 'useful_rounds',
-           'with_every_class', 'fit_learner', 'predict_learner']
+           'with_every_class', 'fit_learner', 'predict_learner', 'gain_shares']
 
 # %% ../nbs/15_base_learners.ipynb #feb02565
 from dataclasses import dataclass
 
 import numpy as np
-from lightgbm import LGBMClassifier, early_stopping
-from sklearn.base import clone
-from sklearn.ensemble import RandomForestClassifier
-from xgboost import XGBClassifier
 
-from .core import ValidationError
+from .core import ValidationError, requires_extra
+
+with requires_extra():
+    from lightgbm import LGBMClassifier, early_stopping
+    from sklearn.base import clone
+    from sklearn.ensemble import RandomForestClassifier
+    from xgboost import XGBClassifier
+
 from .labels import average_uniqueness
+from .learner_parameters import own_names
 
 # %% ../nbs/15_base_learners.ipynb #c9fdb0c4
 NAMES = ("lightgbm", "xgboost", "random_forest")
@@ -27,12 +31,11 @@ def make_learners(
     threads: int = 1,             # of each; the order of floating-point sums depends on it, so figures do too
 ) -> dict[str, object]:           # name -> unfitted scikit-learn classifier
     "The three learners, unfitted."
-    common = {"random_state": seed, "n_jobs": threads}
+    common, own = {"random_state": seed, "n_jobs": threads}, {name: own_names(name, parameters[name]) for name in NAMES}
     return {
-        "lightgbm": LGBMClassifier(**parameters["lightgbm"], **common, deterministic=True, force_row_wise=True,
-                                   verbosity=-1),
-        "xgboost": XGBClassifier(**parameters["xgboost"], **common, tree_method="hist", verbosity=0),
-        "random_forest": RandomForestClassifier(**parameters["random_forest"], **common),
+        "lightgbm": LGBMClassifier(**own["lightgbm"], **common, deterministic=True, force_row_wise=True, verbosity=-1),
+        "xgboost": XGBClassifier(**own["xgboost"], **common, tree_method="hist", verbosity=0),
+        "random_forest": RandomForestClassifier(**own["random_forest"], **common),
     }
 
 # %% ../nbs/15_base_learners.ipynb #f6004bcb
@@ -125,3 +128,16 @@ def predict_learner(learner, X: np.ndarray) -> np.ndarray:
     raw = booster.predict(X) if booster is not None else learner.predict_proba(X)
     proba = np.clip(np.asarray(raw, dtype=np.float64), SURE, 1 - SURE)
     return np.column_stack([1 - proba, proba]) if proba.ndim == 1 else proba / proba.sum(axis=1, keepdims=True)
+
+# %% ../nbs/15_base_learners.ipynb #efabc82d
+def gain_shares(learner) -> np.ndarray:
+    "(F,) share of each feature in the total gain of a fitted learner's splits, sum 1; zeros when it has no split."
+    if isinstance(learner, LGBMClassifier):
+        gain = learner.booster_.feature_importance("gain")
+    elif isinstance(learner, RandomForestClassifier):
+        gain = learner.feature_importances_
+    else:
+        by_name = learner.get_booster().get_score(importance_type="total_gain")
+        gain = [by_name.get(f"f{place}", 0.0) for place in range(learner.n_features_in_)]
+    gain = np.asarray(gain, dtype=np.float64)
+    return gain / (gain.sum() or 1.0)

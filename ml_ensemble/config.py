@@ -4,25 +4,29 @@
 
 # %% auto #0
 __all__ = ['Count', 'Share', 'Positive', 'NonNegative', 'Limit', 'FILES', 'NOT_SETTINGS', 'Section', 'Data', 'Features', 'Labels',
-           'Validation', 'LightGBM', 'XGBoost', 'RandomForest', 'Learners', 'Weights', 'Ensemble', 'Trading',
-           'Training', 'Audit', 'Evaluation', 'Gate', 'Production', 'Settings', 'config_files', 'leaf_paths',
-           'core_tree', 'read_yaml', 'expand_override', 'nested', 'check_environment', 'explain', 'load_settings',
-           'feature_manager']
+           'Validation', 'LearnerSection', 'LightGBM', 'XGBoost', 'RandomForest', 'Learners', 'Weights', 'Ensemble',
+           'Trading', 'Training', 'Audit', 'Evaluation', 'Gate', 'Production', 'with_own_names', 'parsed', 'YamlSource',
+           'Settings', 'config_files', 'leaf_paths', 'core_tree', 'read_yaml', 'expand_override', 'learner_path',
+           'nearest_setting', 'nested', 'check_environment', 'explain', 'load_settings', 'feature_manager']
 
 # %% ../nbs/10_config.ipynb #9382d4ca
 import os
+from collections.abc import Mapping
 from difflib import get_close_matches
 from html import escape
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError, YamlConfigSettingsSource
+from .core import ConfigError, canonical_json, core_file, find_project, requires_extra
 
-from .core import ConfigError, project_root
+with requires_extra():
+    import yaml
+    from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+    from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError, YamlConfigSettingsSource
+
 from .custom_features import load_custom
 from .feature_manager import FeatureManager
+from .learner_parameters import learners_with, own_name, own_names
 
 # %% ../nbs/10_config.ipynb #c7d39517
 class Section(BaseModel):
@@ -69,7 +73,20 @@ class Validation(Section):
     embargo: Annotated[int, Field(ge=0)]
 
 # %% ../nbs/10_config.ipynb #b1499e76
-class LightGBM(Section):
+class LearnerSection(Section):
+    """Parameters of a learner: those below have limits, others are the library's and checked by name."""
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="after")
+    def _plain_values(self):
+        for name, value in (self.model_extra or {}).items():
+            try:
+                canonical_json(value)
+            except (TypeError, ValueError):
+                raise ValueError(f"{name} is {value!r}, which is not a finite number, a text, a list or a mapping") from None
+        return self
+
+class LightGBM(LearnerSection):
     """Names and meaning as in LightGBM's scikit-learn interface."""
     n_estimators: Count
     learning_rate: Share
@@ -80,23 +97,23 @@ class LightGBM(Section):
     colsample_bynode: Share
     reg_lambda: NonNegative
 
-class XGBoost(Section):
+class XGBoost(LearnerSection):
     """Names and meaning as in XGBoost's scikit-learn interface."""
     n_estimators: Count
     learning_rate: Share
-    max_depth: Annotated[int, Field(ge=1, le=16)]
+    max_depth: Annotated[int, Field(ge=0, le=16)]   # 0: no limit, for grow_policy lossguide
     min_child_weight: NonNegative
     subsample: Share
     colsample_bynode: Share
     reg_lambda: NonNegative
 
-class RandomForest(Section):
+class RandomForest(LearnerSection):
     """Names and meaning as in scikit-learn."""
     n_estimators: Count
-    max_depth: Annotated[int, Field(ge=1, le=32)]
+    max_depth: Annotated[int, Field(ge=1, le=32)] | None
     min_samples_leaf: Count
-    max_features: Share
-    max_samples: Share
+    max_features: Count | Share | Literal["sqrt", "log2"] | None
+    max_samples: Count | Share | None
 
 # %% ../nbs/10_config.ipynb #b4238d33
 class Learners(Section):
@@ -177,6 +194,32 @@ class Production(Section):
     range_margin: NonNegative
     min_free_disk_mb: NonNegative
 
+# %% ../nbs/10_config.ipynb #890de75c
+def with_own_names(tree: dict) -> dict:
+    "One layer of settings with the parameters of learners under the names used here; texts of the environment are read as YAML."
+    learners = tree.get("learners")
+    if not isinstance(learners, Mapping):
+        return tree
+    renamed = {name: own_names(name, {key: parsed(name, key, value) for key, value in own.items()})
+               if name in Learners.model_fields and isinstance(own, Mapping) else own for name, own in learners.items()}
+    return {**tree, "learners": renamed}
+
+def parsed(learner: str, name: str, value):
+    "A text that came from the environment as the YAML value it is; settings with a type of their own are left to it."
+    if not isinstance(value, str) or name in Learners.model_fields[learner].annotation.model_fields:
+        return value
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value {value!r} of {name} of {learner} is not YAML", "For example: [1, 0, 0].") from error
+
+# %% ../nbs/10_config.ipynb #d1646352
+class YamlSource(YamlConfigSettingsSource):
+    """A file of settings with the parameters of learners under the names used here."""
+
+    def __call__(self) -> dict:
+        return with_own_names(super().__call__())
+
 # %% ../nbs/10_config.ipynb #9e347803
 class Settings(BaseSettings):
     """All settings of a run, merged from the layers; made by `load_settings`."""
@@ -208,8 +251,9 @@ class Settings(BaseSettings):
     def settings_customise_sources(cls, settings_cls, init_settings, env_settings, dotenv_settings,
                                    file_secret_settings):
         "Overrides, then environment variables, then the overlay, then the core files."
-        files = (YamlConfigSettingsSource(settings_cls, yaml_file=path) for path in reversed(config_files()))
-        return init_settings, env_settings, *files
+        files = (YamlSource(settings_cls, yaml_file=path) for path in reversed(config_files()))
+        strong = (lambda source=source: with_own_names(source()) for source in (init_settings, env_settings))
+        return (*strong, *files)
 
     def _repr_html_(self) -> str:
         text = escape(yaml.safe_dump(self.model_dump(), sort_keys=False))
@@ -220,12 +264,15 @@ NOT_SETTINGS = {"ML_ENSEMBLE_ROOT", "ML_ENSEMBLE_MODELS", "ML_ENSEMBLE_ENV", "ML
 # %% ../nbs/10_config.ipynb #633acb6c
 def config_files() -> list[Path]:
     "The files of the weak layers, weakest first."
-    folder = project_root() / "config"
-    found = [folder / "core" / name for name in FILES]
+    found = [core_file(name) for name in FILES]
     if name := os.environ.get("ML_ENSEMBLE_ENV"):
-        if not (folder / name).is_dir():
-            known = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name != "core")) or "none"
-            raise ConfigError(f"ML_ENSEMBLE_ENV is {name!r}, but there is no config/{name}", f"There are: {known}.")
+        root = find_project()
+        folder = root / "config" if root else None
+        if folder is None or not (folder / name).is_dir():
+            places = folder.iterdir() if folder and folder.is_dir() else []
+            known = ", ".join(sorted(p.name for p in places if p.is_dir() and p.name != "core")) or "none"
+            raise ConfigError(f"ML_ENSEMBLE_ENV is {name!r}, but there is no config/{name} in {root or 'a project'}",
+                              f"There are: {known}. ML_ENSEMBLE_ROOT names the folder that holds config/.")
         found += [path for path in (folder / name / file for file in FILES) if path.is_file()]
     return found
 
@@ -259,16 +306,29 @@ def expand_override(text: str, paths: list[str]) -> dict[str, object]:
     key = key.strip()
     if not equals or not key:
         raise ConfigError(f"--set {text!r} is not key=value", "For example: --set labels.horizon=3")
-    matched = [path for path in paths if path == key or path.endswith("." + key)]
+    matched = [path for path in paths if path == key or path.endswith("." + key)] or learner_path(key)
     if not matched:
-        near = get_close_matches(key, [*paths, *(path.rsplit(".", 1)[-1] for path in paths)], n=3)
-        raise ConfigError(f"there is no setting {key!r}", f"Did you mean {' or '.join(near)}?" if near else
-                          "The settings are listed in config/core/base.yaml and thresholds.yaml.")
+        raise ConfigError(f"there is no setting {key!r}", nearest_setting(key, paths))
     try:
         return dict.fromkeys(matched, yaml.safe_load(value))
     except yaml.YAMLError as error:
         raise ConfigError(f"the value of --set {text!r} is not YAML",
                           "For example: --set data.repairs=[sort]") from error
+
+# %% ../nbs/10_config.ipynb #3493982b
+def learner_path(key: str) -> list[str]:
+    "The full path of `lightgbm.max_bin`, in a list; an empty list when the key names no learner."
+    learner, dot, name = key.removeprefix("learners.").partition(".")
+    return [f"learners.{learner}.{own_name(learner, name)}"] if dot and learner in Learners.model_fields else []
+
+def nearest_setting(key: str, paths: list[str]) -> str:
+    "What may have been meant by an unknown key."
+    if learners := learners_with(key):
+        return f"It is a parameter of {' and '.join(learners)}: write {' or '.join(f'{name}.{key}' for name in learners)}."
+    near = get_close_matches(key, [*paths, *(path.rsplit(".", 1)[-1] for path in paths)], n=3)
+    if near:
+        return f"Did you mean {' or '.join(near)}?"
+    return f"The settings are listed in {' and '.join(str(core_file(name)) for name in FILES)}."
 
 # %% ../nbs/10_config.ipynb #e36a6553
 def nested(flat: dict[str, object]) -> dict:

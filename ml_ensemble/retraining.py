@@ -8,11 +8,11 @@ __all__ = ['CLASS_NAMES', 'RECIPE', 'PACKAGES', 'NOTEBOOK', 'PAGE', 'get_market'
            'fitting_of', 'run_walk_forward', 'mix_learners', 'evaluate_mixed', 'evaluate_blend', 'learner_evaluations',
            'learner_table', 'mixing_table', 'ensemble_gain', 'gain_sentence', 'importance', 'with_entry',
            'run_skill_sources', 'judged_rows', 'run_backtest', 'run_money_bridge', 'run_audit', 'Candidate', 'staging',
-           'fit_candidate', 'champion_recipe', 'compare_champion_recipe', 'compare_with_production', 'threshold_remedy',
-           'how_to_get_more', 'rarest_class', 'reach_verdict', 'git_state', 'package_versions', 'describe_data',
-           'provenance', 'trading_facts', 'fitted_parameters', 'stage', 'check_parameters', 'execute', 'render',
-           'Outcome', 'finish', 'install_training', 'retrain', 'run_notebook', 'run_overrides', 'new_run',
-           'report_failure', 'refusal_alert']
+           'fit_candidate', 'champion_recipe', 'replace_parts', 'completed', 'compare_champion_recipe',
+           'compare_with_production', 'threshold_remedy', 'how_to_get_more', 'rarest_class', 'reach_verdict',
+           'git_state', 'package_versions', 'describe_data', 'provenance', 'trading_facts', 'fitted_parameters',
+           'stage', 'check_parameters', 'execute', 'render', 'Outcome', 'finish', 'install_training', 'retrain',
+           'run_notebook', 'run_overrides', 'new_run', 'report_failure', 'refusal_alert']
 
 # %% ../nbs/27_retraining.ipynb #cd0d80eb
 import json
@@ -27,17 +27,23 @@ from datetime import datetime
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from warnings import warn
+
 import numpy as np
-import pandas as pd
+
+from .core import (ConfigError, MLEnsembleError, RetrainError, core_file, find_project, iso, page_file,
+                              readable_json, requires_extra, sha256_hex, write_atomic)
+
+with requires_extra():
+    import pandas as pd
+    from pydantic import TypeAdapter
+
 from .backtest import Backtest, backtest
 from .base_learners import NAMES, Fitting, make_learners, predict_learner
 from .blending import Mixed, Mixture, calibration_kind, mix, mixing_of, objective_for
 from .candles import bar_interval
 from .champion import (Comparison, changed_meaning, compare_recipes, compare_with_record, lived_record, meaning,
                                   meaning_of)
-from .config import Settings, feature_manager, load_settings
-from .core import (ConfigError, MLEnsembleError, RetrainError, iso, project_root, readable_json, sha256_hex,
-                              write_atomic)
+from .config import Section, Settings, feature_manager, load_settings
 from .ensemble import ProductionEnsemble
 from .evaluation import Evaluation, diebold_mariano, evaluate, paired_skill_difference, permutation_importance, row_log_loss
 from .feature_manager import check_order_file, usable_cpus, view_names
@@ -65,13 +71,13 @@ def get_market(settings: Settings) -> Market:
                         max_fill=data.max_fill)
 
 def from_root(source: str) -> str:
-    "A relative file in the settings counts from the project, wherever papermill, pytest or a shell may stand."
+    "A relative file in the settings counts from the project, or from the working directory where there is none."
     kind, _, place = source.partition(":")
-    return f"file:{project_root() / Path(place).expanduser()}" if kind == "file" else source
+    return f"file:{(find_project() or Path.cwd()) / Path(place).expanduser()}" if kind == "file" else source
 
 def get_training_set(settings: Settings, market: Market) -> TrainingSet:
     "Features and labels on their common bars."
-    check_order_file(project_root() / "config" / "core" / "feature_order.json")
+    check_order_file(core_file("feature_order.json"))
     labels = make_labels(market.candles, **settings.labels.model_dump())
     return make_training_set(feature_manager(settings), market.candles, labels, settings.labels.classes)
 
@@ -303,8 +309,22 @@ def champion_recipe(settings: Settings, facts: dict) -> Settings | None:
     "Today's settings with the champion's recipe, from its metadata; None when it is today's recipe."
     now, then = settings.model_dump(), facts.get("configuration", {})
     changed = {part: then[part] for part in RECIPE if then.get(part, now[part]) != now[part]}
-    return Settings(**{**now, **changed}) if changed else None
+    return replace_parts(settings, changed) if changed else None
 
+def replace_parts(settings: Settings, parts: dict) -> Settings:
+    "The settings with recorded parts in place of today's, checked."
+    return settings.model_copy(update={
+        name: TypeAdapter(Settings.model_fields[name].annotation).validate_python(completed(value, getattr(settings, name)))
+        for name, value in parts.items()})
+
+def completed(recorded, today):
+    "A recorded part with the settings that did not exist then as they are today; parameters only today's learners have stay out."
+    if not isinstance(today, Section) or not isinstance(recorded, dict):
+        return recorded
+    return recorded | {name: completed(recorded[name], value) if name in recorded else value
+                       for name, value in today if name in type(today).model_fields}
+
+# %% ../nbs/27_retraining.ipynb #172f06cc
 def compare_champion_recipe(settings: Settings, market: Market, data: TrainingSet, mixed: Mixed, facts: dict,
                             progress: Callable[[str], None] = print) -> Comparison:
     "The challenger's recipe against the champion's (`facts`: its metadata), on the same folds; none when they are equal."
@@ -381,9 +401,11 @@ def reach_verdict(settings: Settings, market: Market, data: TrainingSet, walk: W
 # %% ../nbs/27_retraining.ipynb #14693be3
 PACKAGES = ("numpy", "pandas", "scikit-learn", "lightgbm", "xgboost", "onnx", "onnxruntime", "ml_ensemble")
 
-def git_state(root: Path) -> dict:
-    "Commit and dirty flag of the project; None where there is no git."
+def git_state(root: Path | None) -> dict:
+    "Commit and dirty flag of the project; None where there is no project or no git."
     def ask(*words):
+        if root is None:
+            return None
         command = ["git", "-C", str(root), *words]
         try:
             return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
@@ -408,7 +430,7 @@ def describe_data(settings: Settings, market: Market, data: TrainingSet) -> dict
 def provenance(settings: Settings, market: Market, data: TrainingSet, now: datetime) -> dict:
     "What production and training metadata have in common."
     return {"created_at": iso(now), "data": describe_data(settings, market, data),
-            "configuration": settings.model_dump(), "git": git_state(project_root()), "packages": package_versions()}
+            "configuration": settings.model_dump(), "git": git_state(find_project()), "packages": package_versions()}
 
 def trading_facts(sources: SkillSources, result: Backtest, money: Money, economics: LabelEconomics) -> dict:
     "What the metadata records of skill by source and of money."
@@ -442,7 +464,8 @@ NOTEBOOK = "weekly_retrain.ipynb"
 
 def check_parameters(notebook: Path, given: dict) -> None:
     "Refuse parameters that the notebook does not declare, or of another type."
-    from papermill import inspect_notebook
+    with requires_extra():
+        from papermill import inspect_notebook
     known = inspect_notebook(str(notebook))
     for name, value in given.items():
         if name not in known:
@@ -455,12 +478,13 @@ def check_parameters(notebook: Path, given: dict) -> None:
 # %% ../nbs/27_retraining.ipynb #54a6bbe9
 def execute(notebook: Path, report: Path, parameters: dict, verbose: bool, show_progress: bool) -> None:
     "Run a notebook through papermill into `report`; a failing cell is a `RetrainError`, and the report still exists."
-    from papermill import PapermillExecutionError, execute_notebook
+    with requires_extra():
+        from papermill import PapermillExecutionError, execute_notebook
     report.parent.mkdir(parents=True, exist_ok=True)
     bar = {"desc": "retrain", "unit": "cell", "file": sys.stderr, "leave": False} if show_progress else False
     try:
         execute_notebook(str(notebook), str(report), parameters, progress_bar=bar, log_output=verbose,
-                         cwd=str(project_root()), extra_arguments=["--log-level=CRITICAL"])
+                         cwd=str(find_project() or Path.cwd()), extra_arguments=["--log-level=CRITICAL"])
     except PapermillExecutionError as error:
         raise RetrainError(f"cell {error.exec_count} of {notebook.name} failed: {error.ename}: {error.evalue}",
                            f"The report up to there: {report.with_suffix('.html')}") from error
@@ -473,7 +497,8 @@ PAGE = "{% extends 'lab/index.html.j2' %}" + "".join(
 
 def render(report: Path) -> Path:
     "An executed notebook as one self-contained HTML file beside it: no script, style or image from elsewhere."
-    from nbconvert import HTMLExporter
+    with requires_extra():
+        from nbconvert import HTMLExporter
     exporter = HTMLExporter(raw_template=PAGE, embed_images=True, exclude_input_prompt=True, exclude_output_prompt=True,
                             exclude_raw=True)
     html, _ = exporter.from_filename(str(report))
@@ -537,7 +562,7 @@ def retrain(
     try:
         overrides = (*overrides, *run_overrides(source, days))
         load_settings(overrides)
-        check_order_file(project_root() / "config" / "core" / "feature_order.json")
+        check_order_file(core_file("feature_order.json"))
         outcome = run_notebook(store, overrides, verbose, show_progress, accept_change)
     except (Exception, KeyboardInterrupt) as error:
         report_failure(store, error)
@@ -553,7 +578,7 @@ def run_notebook(store: ModelStore, overrides: tuple[str, ...], verbose: bool, s
     run_id, report = new_run(store)
     parameters = {"overrides": list(overrides), "models": str(store.root), "run_id": run_id,
                   "accept_change": accept_change}
-    notebook = project_root() / "nbs" / NOTEBOOK
+    notebook = page_file(NOTEBOOK)
     feature_manager(load_settings(overrides))       # a wrong declaration shows before anything starts
     try:
         check_parameters(notebook, parameters)

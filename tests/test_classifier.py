@@ -188,7 +188,7 @@ def test_parameters_inside_the_dicts():
     assert clone(model).get_params() == model.get_params()
     model.set_params(lightgbm={"num_leaves": 3}, lightgbm__max_depth=2)
     assert model.lightgbm == {"num_leaves": 3, "max_depth": 2}
-    with pytest.raises(ValueError, match="Invalid parameter 'catboost'"):
+    with pytest.raises(ValueError, match="no parameter 'catboost__depth'"):
         model.set_params(catboost__depth=3)
 
 
@@ -388,8 +388,8 @@ def test_learners_see_float32(data):
     ({"calibration": "sigmoid"}, "calibration is 'sigmoid'. Use one of none, auto, platt, isotonic"),
     ({"incomplete": "drop"}, "incomplete is 'drop'. Use one of refuse, prior"),
     ({"lightgbm": {"num_leafs": 3}}, "lightgbm has no parameter 'num_leafs'. Did you mean num_leaves?"),
-    ({"lightgbm": {"min_data_in_leaf": 3}}, "lightgbm has no parameter 'min_data_in_leaf'"),
-    ({"random_forest": {"random_state": 3}}, "random_state of random_forest is not its own"),
+    ({"lightgbm": {"min_data_in_leaf": 3, "min_child_samples": 3}}, "min_child_samples of lightgbm is given twice"),
+    ({"random_forest": {"random_state": 3}}, "random_state of random_forest cannot be set: all learners share the seed"),
     ({"xgboost": [("max_depth", 3)]}, "Hand in a dict"),
     ({"weighting": "learned", "cv": "five"}, "cv is 'five'. Use a number of folds"),
     ({"weighting": "learned", "cv": 0}, "cannot be cut into 1 blocks"),
