@@ -14,12 +14,14 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from .core import ConfigError, MissingExtraError, MLEnsembleError, readable_json, requires_extra
 
-from .core import ConfigError, MLEnsembleError, readable_json
+with requires_extra():
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
 from .versioning import ModelStore, present_or_damaged
 
 # %% ../nbs/29_cli.ipynb #1ec4586d
@@ -44,12 +46,12 @@ def fail(error: MLEnsembleError, as_json: bool) -> int:
     else:
         stderr = Console(stderr=True, highlight=False, soft_wrap=True)
         stderr.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}")
-    return 2 if isinstance(error, ConfigError) else 1
+    return 2 if isinstance(error, (ConfigError, MissingExtraError)) else 1
 
 INTERRUPTED = 130
 
 def main() -> None:
-    "Entry point of the command `ml-ensemble`."
+    "The command `ml-ensemble`; its entry point is `entry_point.main`, which reports a missing extra."
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # a cancelled job ends as an interrupted one
     sys.path.insert(0, str(Path.cwd()))                         # modules of custom features, as `python -m` would find
     sys.exit(run("--json" in sys.argv))
