@@ -40,8 +40,8 @@ test: export-check ## Export is fresh; notebooks as nbdev_test runs them and tes
 test-quick: export-check ## The same without notebooks, coverage and what is slow: for the edit loop, below 90 s
 	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(ARGS)
 
-lab: .venv/.installed ## JupyterLab on the notebooks
-	$(BIN)/jupyter lab --notebook-dir nbs
+lab: .venv/.installed ## JupyterLab on the notebooks; ARGS="--port 9000" and the like
+	$(BIN)/jupyter lab --notebook-dir nbs $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
 notebooks: .venv/.installed ## Re-execute every notebook in place, then clean
 	ML_ENSEMBLE_MODELS=$$(mktemp -d) $(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level=WARN $(filter-out $(RECORDED_PAGES),$(wildcard nbs/*.ipynb))
