@@ -1,0 +1,33 @@
+"""A copy of the repository, and an environment of its own, for tests that must not see or change this one."""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def copy_repository(folder: Path) -> Path:
+    """What git would commit, in a folder of its own; returns the folder."""
+    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
+                            capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():                        # a file that was deleted is listed until the commit
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+def clean_environment(**more: str) -> dict[str, str]:
+    """This process's variables without those that would lead back here: settings, import paths, coverage, Jupyter."""
+    leading_back = ("ML_ENSEMBLE_", "PYTHON", "COVERAGE_", "COV_", "JUPYTER_", "VIRTUAL_ENV")
+    return {name: value for name, value in os.environ.items() if not name.startswith(leading_back)} | more
+
+
+def run(*words, **how) -> subprocess.CompletedProcess:
+    """A process and what it printed; it ends within two minutes."""
+    return subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=120, **how)
+
+
+PYTHON = sys.executable
