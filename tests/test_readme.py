@@ -1,0 +1,136 @@
+"""The README holds what it says: every code block runs as written and in order, and each exit code can be met."""
+import linecache
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ml_ensemble import cli as command_line
+from scratch import PYTHON, ROOT, clean_environment, copy_repository, run
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = [(README[:match.start()].count("\n") + 2, match[1], match[2])
+          for match in re.finditer(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)]
+# What a block may not do inside the tests, because it would run them again, install, or take minutes: `make` only shows it.
+ONLY_SHOWN = ("test", "install", "bench", "notebooks", "lock", "clean")
+# A retrain in seconds, by settings the README documents; the gate stays as configured.
+QUICK = {f"ML_ENSEMBLE_{name}": value for name, value in {
+    "VALIDATION__N_SPLITS": "2", "EVALUATION__REPLICATIONS": "100", "AUDIT__CUTS": "1",
+    **{f"LEARNERS__{name}__N_ESTIMATORS": "10" for name in ("LIGHTGBM", "XGBOOST", "RANDOM_FOREST")},
+    **{f"LEARNERS__{name}__LEARNING_RATE": "0.2" for name in ("LIGHTGBM", "XGBOOST")}}.items()}
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A copy of the repository whose `.venv` is this environment, and a `make` that only shows some targets."""
+    folder = copy_repository(tmp_path / "clone")
+    (folder / ".venv").mkdir()
+    for part in Path(PYTHON).parent.parent.iterdir():
+        if part.name != ".installed":
+            (folder / ".venv" / part.name).symlink_to(part)
+    (folder / ".venv/.installed").touch()                  # newer than the lock: nothing is to be installed
+    make = tmp_path / "bin/make"
+    make.parent.mkdir()
+    make.write_text(f"""#!/bin/sh
+for word; do case "$word" in test-*|{'|'.join(ONLY_SHOWN)}) exec {shutil.which('make')} --dry-run "$@";; esac; done
+exec {shutil.which('make')} "$@"
+""")
+    make.chmod(0o755)
+    return folder
+
+
+def variables(clone, **more):
+    path = f"{clone.parent / 'bin'}:{Path(PYTHON).parent}:{os.environ['PATH']}"
+    kept = {name: value for name, value in clean_environment().items() if not name.startswith("MAKE") and name != "MFLAGS"}
+    return kept | {"PATH": path} | more
+
+
+@pytest.mark.slow
+def test_every_code_block_runs_as_written_and_in_order(clone, monkeypatch):
+    assert {language for _, language, _ in BLOCKS} == {"bash", "python"} and len(BLOCKS) >= 9
+    monkeypatch.chdir(clone)
+    for name, value in QUICK.items():
+        monkeypatch.setenv(name, value)
+    names, printed = {"__name__": "readme"}, ""
+    for line, language, block in BLOCKS:
+        if language == "bash":
+            done = run("bash", "-e", "-o", "pipefail", "-c", block, cwd=clone, env=variables(clone, **QUICK))
+            assert done.returncode == 0, f"README.md, line {line}:\n{block}\n{done.stdout}{done.stderr}"
+            printed += done.stdout
+        else:
+            source = f"<README.md, line {line}>"           # inspect finds the source of functions by this name
+            linecache.cache[source] = (len(block), None, block.splitlines(keepends=True), source)
+            exec(compile(block, source, "exec"), names)
+    assert "is in production" in printed and "Dry run: nothing was written." in printed
+    assert "check_export.py" in printed and "-m pytest" in printed           # the recipe of `make test`, shown
+    assert (clone / "models/production/production_ensemble.pkl").exists()
+    assert sorted(path.suffix for path in (clone / "models/reports").glob("weekly_*")) == [".html", ".ipynb"]
+    assert len(list((clone / "dist").glob("*.whl"))) == 1
+    assert names["answer"].reason == "" and names["answer"].decision in ("buy", "hold")
+    assert names["features"].shape == (6600, 12) and names["features"].iloc[:49].isna().any(axis=1).all()
+    assert names["model"][-1].feature_importances_.sum() == pytest.approx(1)
+
+
+def test_what_is_only_shown_exists_and_what_a_table_names_as_a_command_exists_too():
+    targets = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.M))
+    assert set(ONLY_SHOWN) <= targets
+    assert set(re.findall(r"`make ([a-z-]+)`", README)) | set(re.findall(r"^make ([a-z-]+)", README, re.M)) <= targets
+    helped = run(PYTHON, "-m", "ml_ensemble.cli", "--help").stdout
+    commands = set(re.findall(r"`ml-ensemble ([a-z]+)", README))
+    assert commands and all(re.search(rf"\b{command}\b", helped) for command in commands)
+
+
+@pytest.mark.parametrize(("user", "flag"), [("0", True), ("1000", False)])
+def test_make_lab_allows_root_only_to_root_and_passes_arguments_on(tmp_path, user, flag):
+    (tmp_path / "id").write_text(f"#!/bin/sh\necho {user}\n")
+    (tmp_path / "id").chmod(0o755)
+    done = run("make", "--dry-run", "--old-file=.venv/.installed", "lab", "ARGS=--port 9000", cwd=ROOT,
+               env=clean_environment(PATH=f"{tmp_path}:{os.environ['PATH']}"))
+    words = done.stdout.splitlines()[-1].split()
+    assert words[:4] == [".venv/bin/jupyter", "lab", "--notebook-dir", "nbs"] and words[-2:] == ["--port", "9000"]
+    assert ("--allow-root" in words) == flag
+
+
+COIN = """
+import random
+from ml_ensemble.custom_features import custom_feature
+
+@custom_feature(window=[0, 0], unit="ratio")
+def coin(bars):
+    "another number each time"
+    return random.random()
+"""
+
+
+def interrupted(words, folder):
+    """Exit code of a command that is told to end when it has begun."""
+    running = subprocess.Popen([PYTHON, "-m", "ml_ensemble.cli", *words], cwd=folder, stderr=subprocess.PIPE,
+                               stdout=subprocess.DEVNULL, text=True)
+    assert running.stderr.readline()
+    running.send_signal(signal.SIGTERM)
+    running.communicate(timeout=60)
+    return running.returncode
+
+
+@pytest.mark.slow
+def test_each_exit_code_of_the_readme_can_be_met_and_there_are_no_others(tmp_path, monkeypatch):
+    told = {int(code): text for code, text in re.findall(r"^\| (\d+) \| (.+) \|$", README, re.M)}
+    (tmp_path / "a_coin.py").write_text(COIN)
+    monkeypatch.syspath_prepend(tmp_path)                  # as `main` does with the working directory
+    monkeypatch.setenv("ML_ENSEMBLE_MODELS", str(tmp_path / "models"))
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["ml-ensemble", *words])
+        return command_line.run(as_json=False)
+
+    audit = ["audit", "--days", "100", "--set", "n_estimators=2", "--set", "n_splits=2", "--set", "cuts=1"]
+    seen = {call("history"): "done", call("backup"): "failed", call("history", "--limit", "0"): "wrong call",
+            call(*audit, "--set", "features.custom=[a_coin:coin]"): "`audit` found a leak",
+            interrupted(audit, tmp_path): "interrupted"}
+    assert set(told) == set(seen)
+    assert all(text in told[code] for code, text in seen.items())
