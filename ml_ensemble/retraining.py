@@ -30,7 +30,7 @@ from warnings import warn
 
 import numpy as np
 
-from .core import (ConfigError, MLEnsembleError, RetrainError, core_file, find_project, iso, page_file,
+from .core import (ConfigError, MissingExtraError, MLEnsembleError, RetrainError, core_file, find_project, iso, page_file,
                               readable_json, requires_extra, sha256_hex, write_atomic)
 
 with requires_extra():
@@ -609,10 +609,10 @@ def new_run(store: ModelStore) -> tuple[str, Path]:
     return run_id, report(run_id)
 
 def report_failure(store: ModelStore, error: BaseException) -> None:
-    "Tell a failed or interrupted run, and record it; a wrong setting is told, but it is no run yet."
+    "Tell a failed or interrupted run, and record it; a wrong setting or installation is told, but it is no run yet."
     reason = str(error) or "interrupted"
     try:
-        if not isinstance(error, ConfigError):
+        if not isinstance(error, (ConfigError, MissingExtraError)):
             store.record("failure", reason=reason[:500])
     except OSError as second:
         warn(f"the failure could not be recorded ({second})", RuntimeWarning, stacklevel=2)

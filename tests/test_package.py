@@ -11,6 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from conftest import hand_made_payload
+from ml_ensemble import cli as command_line
 from ml_ensemble.ensemble import restore_ensemble
 from ml_ensemble.versioning import ModelStore
 from scratch import PYTHON, ROOT, clean_environment, copy_repository, run
@@ -135,6 +136,16 @@ def test_the_command_without_the_training_extra_names_it(bare):
     as_json = bare("ml-ensemble", "check", "--json")
     assert as_json.returncode == 2 and as_json.stderr == ""
     assert json.loads(as_json.stdout)["error"] == "MissingExtraError" and EXTRA in json.loads(as_json.stdout)["remedy"]
+
+
+def test_a_package_that_is_missing_later_ends_the_command_alike(monkeypatch, capsys, tmp_path):
+    """typer is there, what one command needs is not."""
+    monkeypatch.setitem(sys.modules, "papermill", None)
+    monkeypatch.setenv("ML_ENSEMBLE_MODELS", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["ml-ensemble", "retrain", "--json"])
+    assert command_line.run(as_json=True) == 2 and ModelStore(tmp_path).history() == []   # it was no run
+    told = json.loads(capsys.readouterr().out)
+    assert told["error"] == "MissingExtraError" and "'papermill'" in told["problem"] and EXTRA in told["remedy"]
 
 
 def test_every_module_and_name_imports_or_names_the_extra(bare):
