@@ -13,6 +13,7 @@ NOTEBOOKS = Path(__file__).resolve().parent.parent / "nbs"
 def test_a_notebook_runs(name, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("ML_ENSEMBLE_MODELS", str(tmp_path / "models"))
     monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setenv("IN_TEST", "1")             # nbdev sets it and leaves it; a later nbdev_export would export nothing
     monkeypatch.chdir(NOTEBOOKS)
     passed, _ = run_notebook(NOTEBOOKS / name, skip_flags=[], basepath=NOTEBOOKS.parent)
     assert passed, "".join(capfd.readouterr())
