@@ -48,13 +48,16 @@ notebooks: .venv/.installed ## Re-execute every notebook in place, then clean
 	$(BIN)/jupyter nbconvert --clear-output --inplace --log-level=WARN $(PAPERMILL_PAGES)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_clean
 
-PRINTED := $(BIN)/python -c 'import json, sys; [print("".join(o["text"]), end="") for c in json.load(sys.stdin)["cells"] for o in c.get("outputs", []) if o.get("name") == "stdout"]'
+PRINT := $(BIN)/python -c 'import json, sys; [print("".join(o["text"]), end="") for c in json.load(sys.stdin)["cells"] for o in c.get("outputs", []) if o.get("name") == "stdout"]'
 
-bench: .venv/.installed ## Speed and memory beside peers; error rates of the gate on a few markets
-	@$(BIN)/papermill nbs/benchmarks.ipynb - -p bars 1000000 -p repeats 15 -p rows 3000 -p batch_rows 1000000 \
-	  -p markets_count 1000 -p walk_bars 17000 --no-progress-bar 2>/dev/null | $(PRINTED)
-	@$(BIN)/papermill nbs/gate_characteristics.ipynb - -p illusions 4 -p planted 4 -p between 0 -p bars 6600 -p trees 0 -p workers 2 \
-	  --no-progress-bar 2>/dev/null | $(PRINTED)
+bench: .venv/.installed ## Speed and memory beside peers, error rates of the gate on a few markets (ARGS="-p bars 200000")
+	@page=$$(mktemp); trap 'rm -f $$page' EXIT; \
+	$(BIN)/papermill nbs/benchmarks.ipynb $$page --no-progress-bar --log-level ERROR -p bars 1000000 -p repeats 15 -p rows 3000 \
+	  -p batch_rows 1000000 -p markets_count 1000 -p walk_bars 17000 -p trees 0 $(ARGS); \
+	$(PRINT) < $$page; \
+	$(BIN)/papermill nbs/gate_characteristics.ipynb $$page --no-progress-bar --log-level ERROR -p illusions 4 -p planted 4 \
+	  -p between 0 -p bars 6600 -p trees 0 -p workers 2; \
+	$(PRINT) < $$page
 
 lock: .venv/.installed ## Resolve requirements.lock anew from pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes --no-header \
