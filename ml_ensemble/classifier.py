@@ -46,7 +46,7 @@ def merge_parameters(
 def check_mapping(name: str, given) -> None:
     "Refuse parameters of a learner that are no dict."
     if given is not None and not isinstance(given, Mapping):
-        raise ConfigError(f"{name} is {given!r}", "Hand in a dict of the library's own parameters, or None.")
+        raise ConfigError(f"{name} is {given!r}", "Pass a dict of the library's own parameters, or None.")
 
 # %% ../nbs/24_classifier.ipynb #be0b749b
 MOST_COPIES = 10   # rows are written out up to this mean weight

@@ -27,7 +27,7 @@ STATE = ("bars", "flat",                                # bars seen; how many cl
 WINDOW = 20
 REFRESH = 100   # bars after which the window sums are taken afresh
 FAINT = 1e6     # how many times larger than what remains a number may be that has gone out of a sum
-POSITIVE = 2**63 - 1   # bits of a count; it tells the compiler that there is no sign, so a remainder costs less
+POSITIVE = 2**63 - 1   # bits of a count; with them the compiler can omit the sign handling of a remainder
 WARMUP = 49     # bars before all 12 values are defined: EMA 50 needs 50 closes
 NAN = math.nan
 

@@ -609,7 +609,7 @@ def new_run(store: ModelStore) -> tuple[str, Path]:
     return run_id, report(run_id)
 
 def report_failure(store: ModelStore, error: BaseException) -> None:
-    "Tell a failed or interrupted run, and record it; a wrong setting or installation is told, but it is no run yet."
+    "Report and record a failed or interrupted run; a wrong setting or installation is reported only, since no run began."
     reason = str(error) or "interrupted"
     try:
         if not isinstance(error, (ConfigError, MissingExtraError)):

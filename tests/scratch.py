@@ -20,9 +20,9 @@ def copy_repository(folder: Path) -> Path:
 
 
 def clean_environment(**more: str) -> dict[str, str]:
-    """This process's variables without those that would lead back here: settings, import paths, coverage, Jupyter, make."""
-    leading_back = ("ML_ENSEMBLE_", "MAKE", "MFLAGS", "PYTHON", "COVERAGE_", "COV_", "JUPYTER_", "VIRTUAL_ENV")
-    return {name: value for name, value in os.environ.items() if not name.startswith(leading_back)} | more
+    """This process's variables without those that refer to this process: settings, import paths, coverage, Jupyter, make."""
+    inherited = ("ML_ENSEMBLE_", "MAKE", "MFLAGS", "PYTHON", "COVERAGE_", "COV_", "JUPYTER_", "VIRTUAL_ENV")
+    return {name: value for name, value in os.environ.items() if not name.startswith(inherited)} | more
 
 
 def run(*words, **how) -> subprocess.CompletedProcess:

@@ -378,7 +378,7 @@ def test_learners_see_float32(data):
 
 # -- what is refused -----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("parameters", "told"), [
+@pytest.mark.parametrize(("parameters", "expected"), [
     ({"weights": (0.5, 0.4, 0.2)}, "the weights sum to 1.1, not to 1"),
     ({"weights": (1.4, -0.4, 0.0)}, "none negative: of lightgbm, xgboost, random_forest"),
     ({"weights": (0.5, 0.5)}, "Give three"),
@@ -390,17 +390,17 @@ def test_learners_see_float32(data):
     ({"lightgbm": {"num_leafs": 3}}, "lightgbm has no parameter 'num_leafs'. Did you mean num_leaves?"),
     ({"lightgbm": {"min_data_in_leaf": 3, "min_child_samples": 3}}, "min_child_samples of lightgbm is given twice"),
     ({"random_forest": {"random_state": 3}}, "random_state of random_forest cannot be set: all learners share the seed"),
-    ({"xgboost": [("max_depth", 3)]}, "Hand in a dict"),
+    ({"xgboost": [("max_depth", 3)]}, "Pass a dict"),
     ({"weighting": "learned", "cv": "five"}, "cv is 'five'. Use a number of folds"),
     ({"weighting": "learned", "cv": 0}, "cannot be cut into 1 blocks"),
     ({"weighting": "learned", "cv": 3.5}, "cv is 3.5"),
     ({"weighting": "learned", "cv": []}, "the 0 splits in cv holds no row that counts"),
     ({"weighting": "learned", "cv": [([0, 1, 2], [9999])]}, "the 1 splits in cv holds no row that counts"),
 ])
-def test_a_wrong_parameter_is_told(data, parameters, told):
+def test_a_wrong_parameter_is_told(data, parameters, expected):
     with pytest.raises(ValueError) as refused:
         EnsembleClassifier(**FEW | parameters).fit(data.view, data.y)
-    assert isinstance(refused.value, MLEnsembleError) and told in str(refused.value)
+    assert isinstance(refused.value, MLEnsembleError) and expected in str(refused.value)
 
 
 def test_too_few_rows_are_told(data, three):
@@ -419,9 +419,9 @@ def test_too_few_rows_are_told(data, three):
 def test_weights_and_labels_that_cannot_be_are_told(data):
     model = EnsembleClassifier(**FEW)
     one = np.ones(len(data))
-    for weight, told in ((-one, "the weight of row 0 is -1"), (0 * one, "every sample weight is zero"),
+    for weight, expected in ((-one, "the weight of row 0 is -1"), (0 * one, "every sample weight is zero"),
                          (one[:3], "inconsistent numbers of samples"), (np.stack([one, one], 1), "one weight a row")):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=expected):
             model.fit(data.view, data.y, weight)
     with pytest.raises(ValidationError, match="one class, 1, in the 5 of"):
         model.fit(data.view, np.repeat([1, 0], [5, len(data) - 5]), np.repeat([1, 0], [5, len(data) - 5]))

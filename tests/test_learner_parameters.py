@@ -80,7 +80,7 @@ def test_every_layer_takes_any_parameter(tmp_path, monkeypatch):
     assert (learners["xgboost"].max_leaves, learners["random_forest"].criterion) == (5, "entropy")
 
 
-@pytest.mark.parametrize(("overrides", "told"), [
+@pytest.mark.parametrize(("overrides", "expected"), [
     (["lightgbm.num_leafs=3"], "lightgbm has no parameter 'num_leafs'. Did you mean num_leaves?"),
     (["learners.xgboost.max_dept=3"], "xgboost has no parameter 'max_dept'. Did you mean max_depth"),
     (["random_forest.max_leafs=3"], "random_forest has no parameter 'max_leafs'. Did you mean max_leaf_nodes"),
@@ -94,13 +94,13 @@ def test_every_layer_takes_any_parameter(tmp_path, monkeypatch):
     (["xgboost.booster=dart"], "booster of xgboost cannot be set: the model file holds sums of trees"),
     (["lightgbm.boosting=rf"], "boosting_type of lightgbm cannot be 'rf'"),
     (["lightgbm.subsample=0.4", "lightgbm.bagging=0.5"], None)])
-def test_a_typo_and_what_would_break_a_promise_are_refused_in_the_configuration(overrides, told):
-    if told is None:                                       # twice in one layer: the last one counts, as for any setting
+def test_a_typo_and_what_would_break_a_promise_are_refused_in_the_configuration(overrides, expected):
+    if expected is None:                                       # twice in one layer: the last one counts, as for any setting
         assert load_settings(overrides).learners.lightgbm.subsample == 0.5
         return
     with pytest.raises(ConfigError) as refused:
         load_settings(overrides)
-    assert told in str(refused.value)
+    assert expected in str(refused.value)
 
 
 @pytest.mark.parametrize("layer", ["file", "environment", "classifier", "make_learners"])
@@ -145,7 +145,7 @@ def test_parameters_of_today_stay_out_of_the_champions_recipe(monkeypatch):
 
 # -- EnsembleClassifier --------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("parameters", "told"), [
+@pytest.mark.parametrize(("parameters", "expected"), [
     ({"weigths": (1, 0, 0)}, "EnsembleClassifier has no parameter 'weigths'. Did you mean weights?"),
     ({"num_leaves": 3}, "Did you mean lightgbm__num_leaves?"),
     ({"lightgbmm__num_leaves": 3}, "Did you mean lightgbm__num_leaves?"),
@@ -154,16 +154,16 @@ def test_parameters_of_today_stay_out_of_the_champions_recipe(monkeypatch):
     ({"random_forest__n_jobs": 3}, "n_jobs of random_forest cannot be set"),
     ({"cv__n_splits": 3}, "EnsembleClassifier has no parameter 'cv__n_splits'"),
     ({"lightgbm__num_leaves__x": 3}, "lightgbm has no parameter 'num_leaves__x'")])
-def test_set_params_refuses_a_typo_at_once_and_sets_nothing(parameters, told):
+def test_set_params_refuses_a_typo_at_once_and_sets_nothing(parameters, expected):
     model = EnsembleClassifier(lightgbm={"num_leaves": 5})
     before = model.get_params()
     with pytest.raises(ValueError) as refused:
         model.set_params(n_jobs=7, lightgbm__max_bin=9, **parameters)
-    assert told in str(refused.value) and model.get_params() == before
+    assert expected in str(refused.value) and model.get_params() == before
     inside = make_pipeline(StandardScaler(), model)
     with pytest.raises(ValueError) as refused:
         inside.set_params(**{f"ensembleclassifier__{name}": value for name, value in parameters.items()})
-    assert told in str(refused.value) and model.get_params() == before
+    assert expected in str(refused.value) and model.get_params() == before
 
 
 def test_set_params_takes_any_name_of_the_library(rows):

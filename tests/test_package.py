@@ -144,8 +144,8 @@ def test_a_package_that_is_missing_later_ends_the_command_alike(monkeypatch, cap
     monkeypatch.setenv("ML_ENSEMBLE_MODELS", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["ml-ensemble", "retrain", "--json"])
     assert command_line.run(as_json=True) == 2 and ModelStore(tmp_path).history() == []   # it was no run
-    told = json.loads(capsys.readouterr().out)
-    assert told["error"] == "MissingExtraError" and "'papermill'" in told["problem"] and EXTRA in told["remedy"]
+    error = json.loads(capsys.readouterr().out)
+    assert error["error"] == "MissingExtraError" and "'papermill'" in error["problem"] and EXTRA in error["remedy"]
 
 
 def test_every_module_and_name_imports_or_names_the_extra(bare):
@@ -203,7 +203,7 @@ def test_a_retrain_and_a_fit_in_an_empty_directory_leave_nothing_but_the_store(t
     assert {path.name for path in (training.models / "training").iterdir()} == {
         "lightgbm_model.pkl", "xgboost_model.pkl", "random_forest_model.pkl", "training_metadata.json"}
     facts = json.loads((training.models / "training/training_metadata.json").read_text())
-    assert facts["git"] == {"commit": None, "dirty": None}               # that of nobody's working directory
+    assert facts["git"] == {"commit": None, "dirty": None}               # not that of the working directory
     seen = training.python("""
 import json
 import numpy as np

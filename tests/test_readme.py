@@ -1,4 +1,4 @@
-"""The README holds what it says: every code block runs as written and in order, and each exit code can be met."""
+"""The README is correct: every code block runs as written and in order, and each exit code can be met."""
 import linecache
 import os
 import re
@@ -46,8 +46,7 @@ exec {shutil.which('make')} "$@"
 
 def variables(clone, **more):
     path = f"{clone.parent / 'bin'}:{Path(PYTHON).parent}:{os.environ['PATH']}"
-    kept = {name: value for name, value in clean_environment().items() if not name.startswith("MAKE") and name != "MFLAGS"}
-    return kept | {"PATH": path} | more
+    return clean_environment() | {"PATH": path} | more
 
 
 @pytest.mark.slow
@@ -108,7 +107,7 @@ def coin(bars):
 
 
 def interrupted(words, folder):
-    """Exit code of a command that is told to end when it has begun."""
+    """Exit code of a command that receives SIGTERM when it has begun."""
     running = subprocess.Popen([PYTHON, "-m", "ml_ensemble.cli", *words], cwd=folder, stderr=subprocess.PIPE,
                                stdout=subprocess.DEVNULL, text=True)
     assert running.stderr.readline()
@@ -119,7 +118,7 @@ def interrupted(words, folder):
 
 @pytest.mark.slow
 def test_each_exit_code_of_the_readme_can_be_met_and_there_are_no_others(tmp_path, monkeypatch):
-    told = {int(code): text for code, text in re.findall(r"^\| (\d+) \| (.+) \|$", README, re.M)}
+    documented = {int(code): text for code, text in re.findall(r"^\| (\d+) \| (.+) \|$", README, re.M)}
     (tmp_path / "a_coin.py").write_text(COIN)
     monkeypatch.syspath_prepend(tmp_path)                  # as `main` does with the working directory
     monkeypatch.setenv("ML_ENSEMBLE_MODELS", str(tmp_path / "models"))
@@ -132,5 +131,5 @@ def test_each_exit_code_of_the_readme_can_be_met_and_there_are_no_others(tmp_pat
     seen = {call("history"): "done", call("backup"): "failed", call("history", "--limit", "0"): "wrong call",
             call(*audit, "--set", "features.custom=[a_coin:coin]"): "`audit` found a leak",
             interrupted(audit, tmp_path): "interrupted"}
-    assert set(told) == set(seen)
-    assert all(text in told[code] for code, text in seen.items())
+    assert set(documented) == set(seen)
+    assert all(text in documented[code] for code, text in seen.items())
