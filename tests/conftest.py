@@ -5,6 +5,7 @@ import shutil
 
 import arch.data.nasdaq
 import arch.data.sp500
+import nbformat
 import numpy as np
 import onnx
 import pandas as pd
@@ -12,7 +13,7 @@ import pytest
 from filelock import FileLock
 from hypothesis import settings
 
-from ml_ensemble import retrain
+from ml_ensemble import retrain, retraining
 from ml_ensemble.feature_manager import FEATURE_NAMES, FeatureManager, view_names
 from ml_ensemble.market_data import simulate_market, tidy
 from ml_ensemble.model_file import FORMAT
@@ -91,6 +92,28 @@ def trained(tmp_path_factory, worker_id):
             made = [retrain(overrides=QUICK, store=store, show_progress=False) for _ in range(2)]
             results.write_bytes(pickle.dumps(made))
     return store, *pickle.loads(results.read_bytes())
+
+
+@pytest.fixture
+def untraced(monkeypatch):
+    """Processes started from here run without coverage, which doubles their time: where other tests cover the same lines."""
+    for name in ("COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """The cells of a retrain run in this process and draw nothing: where the report is not the point."""
+    def execute(notebook, report, parameters, verbose, show_progress):
+        names = {"display": lambda *shown: None}
+        for cell in nbformat.read(notebook, 4).cells:
+            if cell.cell_type == "code":
+                exec(cell.source.replace("%matplotlib inline", "").replace("from IPython.display import display", ""), names)
+                names |= parameters if "parameters" in cell.metadata.get("tags", []) else {}
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(notebook.read_text())
+
+    monkeypatch.setattr(retraining, "execute", execute)
 
 
 @pytest.fixture

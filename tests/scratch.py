@@ -21,7 +21,7 @@ def copy_repository(folder: Path) -> Path:
 
 def clean_environment(**more: str) -> dict[str, str]:
     """This process's variables without those that refer to this process: settings, import paths, coverage, Jupyter, make."""
-    inherited = ("ML_ENSEMBLE_", "MAKE", "MFLAGS", "PYTHON", "COVERAGE_", "COV_", "JUPYTER_", "VIRTUAL_ENV")
+    inherited = ("ML_ENSEMBLE_", "MAKE", "MFLAGS", "ARGS", "PYTHON", "COVERAGE_", "COV_", "JUPYTER_", "VIRTUAL_ENV")
     return {name: value for name, value in os.environ.items() if not name.startswith(inherited)} | more
 
 

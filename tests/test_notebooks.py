@@ -10,7 +10,7 @@ NOTEBOOKS = Path(__file__).resolve().parent.parent / "nbs"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.name for path in NOTEBOOKS.glob("[!_]*.ipynb")))
-def test_a_notebook_runs(name, tmp_path, monkeypatch, capfd):
+def test_a_notebook_runs(name, tmp_path, monkeypatch, capfd, untraced):
     monkeypatch.setenv("ML_ENSEMBLE_MODELS", str(tmp_path / "models"))
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.setenv("IN_TEST", "1")             # nbdev sets it and leaves it; a later nbdev_export would export nothing

@@ -73,7 +73,7 @@ def test_the_store_has_the_layout_it_promises(trained):
     assert here - {".lock"} == expected | backups
 
 
-def test_the_configuration_as_it_stands_passes_its_gate_on_the_documented_market(store):
+def test_the_configuration_as_it_stands_passes_its_gate_on_the_documented_market(store, untraced):
     outcome = run(store, base=())
     assert outcome.promoted, str(outcome.verdict)
     assert outcome.metadata["configuration"]["learners"]["xgboost"]["n_estimators"] == 900
@@ -187,7 +187,7 @@ def test_early_stopping_and_weights_reach_the_learners_and_are_told(trained):
         load_settings(["class_weight=balanced", "calibration=none"])
 
 
-def test_too_little_data_is_a_verdict_of_its_own(tmp_path, inbox):
+def test_too_little_data_is_a_verdict_of_its_own(tmp_path, inbox, in_this_process):
     outcome = run(ModelStore(tmp_path / "models"), "min_samples=5000")
     assert not outcome.promoted and outcome.verdict.outcome == "not enough evidence"
     assert outcome.to_dict()["gate"]["bars_needed"] == 5000 and outcome.version is None
@@ -256,7 +256,7 @@ def test_a_wrong_setting_fails_before_any_work(store, override):
     assert not store.root.exists()
 
 
-def test_nasdaq_is_refused_with_reasons_and_production_stays(trained_copy, nasdaq, tmp_path, inbox):
+def test_nasdaq_is_refused_with_reasons_and_production_stays(trained_copy, nasdaq, tmp_path, inbox, in_this_process):
     nasdaq.to_csv(tmp_path / "nasdaq.csv")
     store, champion = trained_copy, trained_copy.current()["version"]
     before = {p.name: p.read_bytes() for p in store.production.iterdir()}
@@ -270,7 +270,6 @@ def test_nasdaq_is_refused_with_reasons_and_production_stays(trained_copy, nasda
     assert [message["title"] for message in inbox] == ["ml_ensemble: F1 below the limit, candidate refused"]
     assert "skill" in inbox[0]["message"] and champion in inbox[0]["message"]
     assert "market sandbox -> file:" in inbox[0]["message"] and "--accept-change" in inbox[0]["message"]
-    assert "REFUSES" in outcome.report.with_suffix(".html").read_text()
     assert ProductionEnsemble(store=store).get_model_info()["version"] == champion
 
 
@@ -286,7 +285,7 @@ def test_a_run_that_fails_half_way_leaves_a_report_an_alert_and_production_untou
     assert store.history()[-1]["kind"] == "failure" and "GapError" in inbox[0]["message"]
 
 
-def test_a_broken_champion_does_not_stop_a_retrain(trained_copy):
+def test_a_broken_champion_does_not_stop_a_retrain(trained_copy, in_this_process):
     store = trained_copy
     for path in (*store.production.glob("*.pkl"), *store.archive.glob("*.pkl")):
         path.write_bytes(b"damaged")
@@ -305,7 +304,7 @@ def test_a_passed_parameter_takes_effect_in_the_notebook(trained):
     assert len(tagged) == len(injected) == 1 and injected[0] == tagged[0] + 1
 
 
-def test_three_classes_and_triple_barrier_go_all_the_way(tmp_path, sandbox):
+def test_three_classes_and_triple_barrier_go_all_the_way(tmp_path, sandbox, in_this_process):
     store = ModelStore(tmp_path / "models")
     labels = {"classes": 3, "method": "triple_barrier", "horizon": 4, "threshold": 0.015}
     outcome = run(store, *(f"{name}={value}" for name, value in labels.items()))
