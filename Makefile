@@ -8,7 +8,7 @@ RECORDED_PAGES := nbs/ablation.ipynb nbs/gate_characteristics.ipynb nbs/tune.ipy
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
-.PHONY: help install retrain test test-quick export-check lab notebooks bench lock clean
+.PHONY: help install retrain test test-quick export-check compiled lab notebooks bench lock clean
 .DEFAULT_GOAL := help
 
 help: ## Print this list
@@ -31,13 +31,17 @@ retrain: .venv/.installed ## Run the weekly retrain notebook on the embedded san
 export-check: .venv/.installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/check_export.py
 
+# Once, before coverage's tracing makes numba's compiler three times slower; the processes below find it in the cache.
+compiled: .venv/.installed
+	@$(BIN)/python -c "from ml_ensemble import compiled_trees, indicators; indicators.compiled(); compiled_trees.compiled_loop()"
+
 # Tests run side by side, one process a CPU; each takes about 700 MB.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 
-test: export-check ## Export is fresh; notebooks as nbdev_test runs them and tests side by side; branch coverage
+test: export-check compiled ## Export is fresh; notebooks as nbdev_test runs them and tests side by side; branch coverage
 	@$(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term --cov-fail-under=85 $(ARGS)
 
-test-quick: export-check ## The same without notebooks, coverage and what is slow: for the edit loop, below 90 s
+test-quick: export-check compiled ## The same without notebooks, coverage and what is slow: for the edit loop, below 90 s
 	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(ARGS)
 
 lab: .venv/.installed ## JupyterLab on the notebooks; ARGS="--port 9000" and the like

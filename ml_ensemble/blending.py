@@ -17,10 +17,10 @@ from .core import ConfigError, ValidationError, requires_extra
 with requires_extra():
     from scipy.optimize import minimize
     from sklearn.isotonic import IsotonicRegression
-    from sklearn.metrics import f1_score
 
 from .backtest import net_returns, positions
 from .config import Settings
+from .metrics import confusion_matrix, weighted_f1
 from .ensemble import calibrate
 from .evaluation import OutOfSample
 from .spread import side_cost
@@ -135,7 +135,7 @@ def fit_threshold(
     if objective not in OBJECTIVES:
         raise ConfigError(f"the objective is {objective!r}", f"Use one of {', '.join(OBJECTIVES)}.")
     choices = np.unique([*np.quantile(p, np.linspace(0.02, 0.98, 97)), fixed, NEVER])
-    score = {"f1": lambda d: f1_score(y, d, average="weighted", zero_division=0),
+    score = {"f1": lambda d: weighted_f1(confusion_matrix(y, d, (0, 1))),
              "profit": lambda d: net_gain(d, returns, cost, horizon).mean(),
              "sharpe": lambda d: sharpe_per_bar(net_gain(d, returns, cost, horizon))}[objective]
     return float(max(choices, key=lambda t: (score((p >= t).astype(int)), -abs(t - fixed))))

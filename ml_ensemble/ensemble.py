@@ -10,7 +10,7 @@ __all__ = ['INHERITED', 'EPOCH', 'DAY', 'HAIR', 'PIECE', 'NAMES', 'ONE_DAY', 'Fo
            'age_reason', 'decide_row', 'Feed', 'Live', 'rhythm_of', 'Answers', 'File', 'ProductionEnsemble', 'begin',
            'restore_ensemble', 'metadata_beside', 'load_file', 'canary_rows', 'predict_proba', 'decide_bar',
            'decide_values', 'decide_all', 'mark_of', 'read_exactly', 'reload', 'replace_feed', 'labels_of',
-           'weighted_f1', 'figures_of', 'model_info', 'expiry_of', 'describe', 'describe_richly']
+           'figures_of', 'model_info', 'expiry_of', 'describe', 'describe_richly']
 
 # %% ../nbs/08_ensemble.ipynb #c5b50cb4
 import math
@@ -32,6 +32,7 @@ from .core import (ConfigError, DuplicateError, FeatureError, GapError, Infinite
                               MissingValueError, ModelNotFoundError, StoreError, TimestampError, UnsortedError, ValidationError, iso, utc_now)
 from .feature_manager import FeatureManager, scale_free, scale_free_row, usable_cpus
 from .indicators import COMPILE_FROM
+from .metrics import accuracy, confusion_matrix, row_log_loss, weighted_f1
 from .model_file import CANARY_TOLERANCE, check_definition, check_payload, read_payload
 from .versioning import (METADATA_FILE, MODEL_FILE, ModelStore, read_archived, read_bytes, read_metadata,
                                     verify_bytes)
@@ -714,12 +715,6 @@ def labels_of(y, X, classes: list[int]) -> np.ndarray:
                               "Hand in labels of the classes the model was trained on.")
     return found.astype(np.int64)
 
-def weighted_f1(y: np.ndarray, said: np.ndarray) -> float:
-    "Mean of the classes' F1, weighted by how often each occurs."
-    scores = [(2 * ((y == c) & (said == c)).sum() / ((y == c).sum() + (said == c).sum()), (y == c).mean())
-              for c in np.unique(y)]
-    return float(sum(score * share for score, share in scores))
-
 # %% ../nbs/08_ensemble.ipynb #a1c05e53
 def figures_of(bundle: Bundle, X, y) -> dict:
     """Log loss, skill, weighted F1 and accuracy of a version on labelled rows.
@@ -742,13 +737,12 @@ def figures_of(bundle: Bundle, X, y) -> dict:
     if not answered.any():
         raise ValidationError(f"the model abstains on all {len(proba)} rows", "Hand in rows with complete features.")
     said, truth = decide_all(bundle, proba)[answered], labels[answered]
-    p, place = proba[answered], np.searchsorted(classes, truth)
-    shares = np.bincount(place, minlength=len(classes)) / len(place)
-    loss = float(-np.log(np.maximum(p[np.arange(len(p)), place], np.finfo(np.float64).eps)).mean())
-    prior = float(-np.log(shares[place]).mean())
+    p, confusion = proba[answered].astype(np.float64), confusion_matrix(truth, said, classes)
+    shares = np.tile(confusion.sum(axis=1) / len(truth), (len(truth), 1))
+    loss, prior = (float(row_log_loss(truth, of, classes).mean()) for of in (p, shares))
     return {"version": bundle.version, "rows": len(proba), "abstained": int((~answered).sum()), "log_loss": loss,
             "log_loss_prior": prior, "skill": 1 - loss / prior if prior > 0 else None,
-            "weighted_f1": weighted_f1(truth, said), "accuracy": float((truth == said).mean())}
+            "weighted_f1": float(weighted_f1(confusion)), "accuracy": float(accuracy(confusion))}
 
 # %% ../nbs/08_ensemble.ipynb #ba63558f
 def model_info(bundle: Bundle) -> dict:

@@ -24,7 +24,6 @@ from .core import ValidationError, requires_extra
 
 with requires_extra():
     import pandas as pd
-    from sklearn.metrics import roc_auc_score
     from sklearn.tree import DecisionTreeClassifier
 
 from .base_learners import NAMES, Fitting, class_shares, encode, make_learners
@@ -33,6 +32,7 @@ from .candles import OHLCV
 from .config import Settings, feature_manager
 from .feature_manager import FeatureManager, scale_free, view_names
 from .labels import METHODS, next_returns
+from .metrics import mean_roc_auc, row_log_loss, skill_score
 from .spread import entry_delay
 from .training import TrainingSet, WalkForward, blend, is_complete, walk_forward
 from .validation import PurgedWalkForward, nanoseconds
@@ -611,13 +611,11 @@ MAX_SKILL, MAX_AUC = 0.5, 0.95
 
 def judged(rows: Rows, proba: np.ndarray, train: np.ndarray, test: np.ndarray) -> tuple[float, float]:
     "Skill against the shares of the training part, and AUC, for the test rows; 0 and 0.5 when they have one class."
-    hits = rows.y[test][:, None] == rows.known
-    seen = np.flatnonzero(hits.any(axis=0) & ~hits.all(axis=0))
-    if not len(seen):
+    y = rows.y[test]
+    if (y == y[0]).all():
         return 0.0, 0.5
-    loss, prior_loss = (-np.log(np.maximum(p[hits], 1e-15)).mean() for p in (proba, prior_of(rows, train, len(test))))
-    auc = np.average([roc_auc_score(hits[:, k], proba[:, k]) for k in seen], weights=hits.sum(axis=0)[seen])
-    return float(1 - loss / prior_loss), float(auc)
+    loss, prior_loss = (row_log_loss(y, p, rows.known).mean() for p in (proba, prior_of(rows, train, len(test))))
+    return float(skill_score(loss, prior_loss)), mean_roc_auc(y, proba, rows.known)
 
 def by_column(rows: Rows, column: str, train: np.ndarray, test: np.ndarray) -> np.ndarray:
     "Probabilities by a small tree on one column; a hundredth of the prior keeps it from being certain."

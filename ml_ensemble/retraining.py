@@ -45,11 +45,12 @@ from .champion import (Comparison, changed_meaning, compare_recipes, compare_wit
                                   meaning_of)
 from .config import Section, Settings, feature_manager, load_settings
 from .ensemble import ProductionEnsemble
-from .evaluation import Evaluation, diebold_mariano, evaluate, paired_skill_difference, permutation_importance, row_log_loss
+from .evaluation import Evaluation, diebold_mariano, evaluate, paired_skill_difference, permutation_importance
 from .feature_manager import check_order_file, usable_cpus, view_names
 from .labels import make_labels
 from .leakage_audit import Audit, audit, project_pipeline
 from .market_data import Market, best_skill, load_candles
+from .metrics import row_log_loss
 from .monitoring import send_alert
 
 # %% ../nbs/27_retraining.ipynb #d82d0c03

@@ -27,8 +27,9 @@ with requires_extra():
 
 from .backtest import Backtest, positions
 from .base_learners import SURE, encode, with_every_class
-from .evaluation import OutOfSample, bootstrap_skills, row_log_loss
+from .evaluation import OutOfSample, bootstrap_skills
 from .labels import next_returns
+from .metrics import row_log_loss
 from .training import TrainingSet, WalkForward
 from .validation import nanoseconds
 

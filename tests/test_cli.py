@@ -17,26 +17,20 @@ import pytest
 from conftest import QUICK, TINY
 from ml_ensemble import FeatureManager, ModelStore, ProductionEnsemble, cli as command_line
 from ml_ensemble.market_data import simulate_market
+from scratch import run
 
 SETS = [word for override in QUICK for word in ("--set", override)]
 REFUSED = [word for override in (*TINY, "min_weighted_f1=0.99") for word in ("--set", override)]
 
 
 @pytest.fixture
-def cli(trained_copy):
-    def call(*words, env=None, cwd=None):
-        return subprocess.run([sys.executable, "-m", "ml_ensemble.cli", *words], capture_output=True, text=True,
-                              cwd=cwd, env={**os.environ, "ML_ENSEMBLE_MODELS": str(trained_copy.root), **(env or {})})
-    call.models = trained_copy.root
-    return call
-
-
-@pytest.fixture
 def call(tmp_path, monkeypatch):
-    """The same in this process, with a store of its own."""
+    """A command in this process, on an empty store or that of `models`."""
     monkeypatch.setenv("ML_ENSEMBLE_MODELS", str(tmp_path / "models"))
 
-    def here(*words):
+    def here(*words, models=None):
+        if models:
+            monkeypatch.setenv("ML_ENSEMBLE_MODELS", str(models))
         monkeypatch.setattr(sys, "argv", ["ml-ensemble", *words])
         with contextlib.redirect_stdout(io.StringIO()) as stdout, contextlib.redirect_stderr(io.StringIO()) as stderr:
             code = command_line.run("--json" in words)
@@ -44,51 +38,60 @@ def call(tmp_path, monkeypatch):
     return here
 
 
-@pytest.mark.slow
-def test_a_life_on_the_command_line(cli, tmp_path):
-    empty = {"ML_ENSEMBLE_MODELS": str(tmp_path / "empty")}
-    dry = cli("retrain", "--dry-run", *SETS, env=empty)
+def test_a_dry_run_and_questions_to_an_empty_store_write_nothing(call, tmp_path):
+    dry = call("retrain", "--dry-run", *SETS)
     assert dry.returncode == 0 and "nothing was written" in dry.stdout
-    assert cli("check", env=empty).returncode == 1
-    assert not (tmp_path / "empty").exists()
-    nowhere = cli("rollback", "--reason", "too early", "--json", env=empty)
+    assert call("check").returncode == 1 and not (tmp_path / "models").exists()
+    nowhere = call("rollback", "--reason", "too early", "--json")
     assert nowhere.returncode == 1 and json.loads(nowhere.stdout)["error"] == "ModelNotFoundError"
 
-    refused = cli("retrain", *REFUSED, "--json", "--require-promotion", "--verbose")
+
+@pytest.mark.slow
+def test_a_refused_retrain_ends_with_3_where_a_promotion_is_required(trained_copy):
+    words = [sys.executable, "-m", "ml_ensemble.cli", "retrain", *REFUSED, "--json", "--require-promotion", "--verbose"]
+    refused = run(*words, env={**os.environ, "ML_ENSEMBLE_MODELS": str(trained_copy.root)})
     assert refused.returncode == 3 and "fold 1: lightgbm" in refused.stderr
     answer = json.loads(refused.stdout)
     assert answer["promoted"] is False and answer["version"] is None and answer["current"].endswith("-0002")
     assert "REFUSES" in Path(answer["html"]).read_text()
+    assert trained_copy.history()[-1]["kind"] == "refusal"
 
-    check = cli("check", "--json")
+
+@pytest.mark.slow
+def test_check_history_and_backup_of_a_store(call, trained_copy):
+    check = call("check", "--json", models=trained_copy.root)
     assert check.returncode == 0, check.stdout
     parts = {finding["part"] for finding in json.loads(check.stdout)["findings"]}
     assert parts == {"configuration", "production", "age", "figures", "last run", "disk"}
-    assert "Fit to trade" in cli("check").stdout
+    assert "Fit to trade" in call("check").stdout
+    events = json.loads(call("history", "--json").stdout)["events"]
+    assert [event["kind"] for event in events] == ["promotion", "promotion"]
+    assert "promotion" in call("history").stdout
+    backups = lambda: len(list(trained_copy.root.glob("production_backup_*")))
+    assert "production_backup_" in call("backup").stdout and backups() == 2
+    again = json.loads(call("backup", "--json").stdout)["backup"]
+    assert os.path.isdir(again) and backups() == 3 and call("check").returncode == 0
 
-    events = json.loads(cli("history", "--json").stdout)["events"]
-    assert [event["kind"] for event in events] == ["promotion", "promotion", "refusal"]
-    assert "promotion" in cli("history").stdout
-    assert "production_backup_" in cli("backup").stdout and len(list(cli.models.glob("production_backup_*"))) == 2
-    again = json.loads(cli("backup", "--json").stdout)["backup"]
-    assert os.path.isdir(again) and len(list(cli.models.glob("production_backup_*"))) == 3
 
-    rows = json.loads(cli("predict", "--days", "100", "--rows", "3", "--json").stdout)["predictions"]
+@pytest.mark.slow
+def test_predictions_and_exports_are_those_of_the_version_in_production(call, trained_copy, tmp_path, monkeypatch):
+    shown = call("predict", "--days", "100", "--rows", "3", "--json", models=trained_copy.root)
+    rows = json.loads(shown.stdout)["predictions"]
     assert len(rows) == 3 and all(abs(sum(row["probabilities"].values()) - 1) < 1e-5 for row in rows)
-    assert "p(buy)" in cli("predict", "--days", "100").stdout
-    exported = cli("export", "--to", "onnx", "--output", str(cli.models.parent / "m.onnx"), "--json")
-    told = json.loads(exported.stdout)
-    assert exported.returncode == 0 and told["version"].endswith("-0002") and told["columns"][0] == "close"
-    session = onnxruntime.InferenceSession(cli.models.parent / "m.onnx")
-    model = ProductionEnsemble(store=ModelStore(cli.models))
-    rows_of_it = FeatureManager().generate_features(simulate_market(300, seed=2)[0]).to_numpy()[49:]
-    proba, decision = session.run(None, {"features": rows_of_it})
-    np.testing.assert_allclose(proba, model.predict_proba(rows_of_it), atol=1e-6)
-    assert (decision == model.predict(rows_of_it)).all() and len(set(decision)) == 2
-    here = cli("export", "--version", told["version"], cwd=cli.models.parent)
-    assert f"ml_ensemble_{told['version']}.onnx" in here.stdout and "metadata" in here.stdout
-    assert (cli.models.parent / f"ml_ensemble_{told['version']}.onnx").exists()
-    assert cli("check").returncode == 0
+    assert "p(buy)" in call("predict", "--days", "100").stdout
+    exported = call("export", "--to", "onnx", "--output", str(tmp_path / "m.onnx"), "--json")
+    facts = json.loads(exported.stdout)
+    assert exported.returncode == 0 and facts["version"].endswith("-0002") and facts["columns"][0] == "close"
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    model = ProductionEnsemble(store=trained_copy)
+    features = FeatureManager().generate_features(simulate_market(300, seed=2)[0]).to_numpy()[49:]
+    proba, decision = session.run(None, {"features": features})
+    np.testing.assert_allclose(proba, model.predict_proba(features), atol=1e-6)
+    assert (decision == model.predict(features)).all() and len(set(decision)) == 2
+    monkeypatch.chdir(tmp_path)
+    here = call("export", "--version", facts["version"])
+    assert f"ml_ensemble_{facts['version']}.onnx" in here.stdout and "metadata" in here.stdout
+    assert (tmp_path / f"ml_ensemble_{facts['version']}.onnx").exists()
 
 
 @pytest.mark.parametrize("words, told", [
@@ -137,7 +140,7 @@ def test_what_a_user_writes_is_shown_as_written(call, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_interrupted_retrain_says_so_records_it_and_leaves_production(tmp_path):
+def test_an_interrupted_retrain_says_so_records_it_and_leaves_production(tmp_path, untraced):
     env = {**os.environ, "ML_ENSEMBLE_MODELS": str(tmp_path / "models")}
     running = subprocess.Popen([sys.executable, "-m", "ml_ensemble.cli", "retrain"], env=env, stderr=subprocess.PIPE,
                                text=True, start_new_session=True)

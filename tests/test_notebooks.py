@@ -9,6 +9,7 @@ NOTEBOOKS = Path(__file__).resolve().parent.parent / "nbs"
 
 
 @pytest.mark.slow
+@pytest.mark.no_cover                  # the code of a notebook's own cells is not the module's; coverage doubles their time
 @pytest.mark.parametrize("name", sorted(path.name for path in NOTEBOOKS.glob("[!_]*.ipynb")))
 def test_a_notebook_runs(name, tmp_path, monkeypatch, capfd, untraced):
     monkeypatch.setenv("ML_ENSEMBLE_MODELS", str(tmp_path / "models"))

@@ -118,7 +118,7 @@ def interrupted(words, folder):
 
 
 @pytest.mark.slow
-def test_each_exit_code_of_the_readme_can_be_met_and_there_are_no_others(tmp_path, monkeypatch):
+def test_each_exit_code_of_the_readme_can_be_met_and_there_are_no_others(tmp_path, monkeypatch, untraced):
     documented = {int(code): text for code, text in re.findall(r"^\| (\d+) \| (.+) \|$", README, re.M)}
     (tmp_path / "a_coin.py").write_text(COIN)
     monkeypatch.syspath_prepend(tmp_path)                  # as `main` does with the working directory
