@@ -8,7 +8,7 @@ RECORDED_PAGES := nbs/ablation.ipynb nbs/gate_characteristics.ipynb nbs/tune.ipy
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
-.PHONY: help install retrain test test-quick export-check compiled lab notebooks bench lock clean
+.PHONY: help install retrain test test-quick export-check lint compiled lab notebooks bench lock clean
 .DEFAULT_GOAL := help
 
 help: ## Print this list
@@ -31,6 +31,10 @@ retrain: .venv/.installed ## Run the weekly retrain notebook on the embedded san
 export-check: .venv/.installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/check_export.py
 
+lint: .venv/.installed ## ruff on package, notebooks and tests; mypy on what a trading process imports
+	@$(BIN)/ruff check --quiet ml_ensemble nbs tests
+	@$(BIN)/mypy --no-error-summary
+
 # Once, before coverage's tracing makes numba's compiler three times slower; the processes below find it in the cache.
 compiled: .venv/.installed
 	@$(BIN)/python -c "from ml_ensemble import compiled_trees, indicators; indicators.compiled(); compiled_trees.compiled_loop()"
@@ -38,10 +42,10 @@ compiled: .venv/.installed
 # Tests run side by side, one process a CPU; each takes about 700 MB.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 
-test: export-check compiled ## Export is fresh; notebooks as nbdev_test runs them and tests side by side; branch coverage
+test: export-check lint compiled ## Export is fresh; notebooks as nbdev_test runs them and tests side by side; branch coverage
 	@$(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term --cov-fail-under=85 $(ARGS)
 
-test-quick: export-check compiled ## The same without notebooks, coverage and what is slow: for the edit loop, below 90 s
+test-quick: export-check lint compiled ## The same without notebooks, coverage and what is slow: for the edit loop, below 90 s
 	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(ARGS)
 
 lab: .venv/.installed ## JupyterLab on the notebooks; ARGS="--port 9000" and the like
@@ -55,7 +59,7 @@ notebooks: .venv/.installed ## Re-execute every notebook in place, then clean
 PRINT := $(BIN)/python -c 'import json, sys; [print("".join(o["text"]), end="") for c in json.load(sys.stdin)["cells"] for o in c.get("outputs", []) if o.get("name") == "stdout"]'
 
 bench: .venv/.installed ## Speed and memory beside peers, error rates of the gate on a few markets (ARGS="-p bars 200000")
-	@page=$$(mktemp); trap 'rm -f $$page' EXIT; \
+	@folder=$$(mktemp -d); page=$$folder/page.ipynb; trap 'rm -rf $$folder' EXIT; \
 	$(BIN)/papermill nbs/benchmarks.ipynb $$page --no-progress-bar --log-level ERROR -p bars 1000000 -p repeats 15 -p rows 3000 \
 	  -p batch_rows 1000000 -p markets_count 1000 -p walk_bars 17000 -p trees 0 $(ARGS); \
 	$(PRINT) < $$page; \
