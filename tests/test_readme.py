@@ -51,7 +51,7 @@ def variables(clone, **more):
 
 @pytest.mark.slow
 def test_every_code_block_runs_as_written_and_in_order(clone, monkeypatch):
-    assert {language for _, language, _ in BLOCKS} == {"bash", "python"} and len(BLOCKS) >= 9
+    assert {language for _, language, _ in BLOCKS} == {"bash", "python"} and len(BLOCKS) >= 5
     monkeypatch.chdir(clone)
     for name, value in QUICK.items():
         monkeypatch.setenv(name, value)
@@ -71,9 +71,7 @@ def test_every_code_block_runs_as_written_and_in_order(clone, monkeypatch):
     assert (clone / "models/production/production_ensemble.pkl").exists()
     assert sorted(path.suffix for path in (clone / "models/reports").glob("weekly_*")) == [".html", ".ipynb"]
     assert len(list((clone / "dist").glob("*.whl"))) == 1
-    assert names["answer"].reason == "" and names["answer"].decision in ("buy", "hold")
-    assert names["features"].shape == (6600, 12) and names["features"].iloc[:49].isna().any(axis=1).all()
-    assert names["model"][-1].feature_importances_.sum() == pytest.approx(1)
+    assert names["decision"].reason == "" and names["decision"].decision in ("buy", "hold")
 
 
 def test_what_is_only_shown_exists_and_what_a_table_names_as_a_command_exists_too():
@@ -126,7 +124,7 @@ def test_each_exit_code_of_the_readme_can_be_met_and_there_are_no_others(tmp_pat
 
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["ml-ensemble", *words])
-        return command_line.run(as_json=False)
+        return command_line.run_command(as_json=False)
 
     audit = ["audit", "--days", "100", "--set", "n_estimators=2", "--set", "n_splits=2", "--set", "cuts=1"]
     seen = {call("history"): "done", call("backup"): "failed", call("history", "--limit", "0"): "wrong call",
