@@ -14,8 +14,9 @@ from filelock import FileLock
 from hypothesis import settings
 
 from ml_ensemble import retrain, retraining
-from ml_ensemble.feature_manager import FEATURE_NAMES, FeatureManager, view_names
-from ml_ensemble.market_data import simulate_market, tidy
+from ml_ensemble.feature_manager import FEATURE_NAMES, FeatureManager, input_names
+from ml_ensemble.candle_schema import tidy
+from ml_ensemble.sandbox import simulate_market
 from ml_ensemble.model_file import FORMAT
 from ml_ensemble.versioning import ModelStore
 
@@ -55,7 +56,7 @@ def hand_made_payload() -> dict:
     rows[:, 2] = [-0.01, 0.0, 0.02]
     p = 1 / (1 + np.exp(-100 * rows[:, 2]))
     return {"format": FORMAT, "model": model.SerializeToString(), "features": list(FEATURE_NAMES),
-            "view": view_names(FeatureManager()), "fingerprint": FeatureManager().fingerprint, "classes": [0, 1],
+            "view": input_names(FeatureManager()), "fingerprint": FeatureManager().fingerprint, "classes": [0, 1],
             "weights": {"by_hand": 1.0}, "calibration": {"kind": "none"}, "decision_threshold": 0.5,
             "max_age_days": 14.0, "range": {"low": [-2.0] * 12, "high": [2.0] * 12, "margin": 1.0},
             "canary": {"features": rows.tolist(), "probabilities": np.column_stack([1 - p, p]).tolist()}}

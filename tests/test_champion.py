@@ -7,13 +7,13 @@ from conftest import hand_made_payload
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ml_ensemble.champion import (changed_meaning, compare_recipes, compare_with_record, lived_record, meaning, meaning_of,
+from ml_ensemble.champion import (changed_meaning, compare_recipes, compare_with_record, production_record, meaning, decision_settings,
                                   production_periods)
 from ml_ensemble.ensemble import restore_ensemble
-from ml_ensemble.evaluation import OutOfSample
+from ml_ensemble.walk_forward import Predictions
 from ml_ensemble.feature_manager import FeatureManager
 from ml_ensemble.labels import forward_return_labels
-from ml_ensemble.market_data import simulate_market
+from ml_ensemble.sandbox import simulate_market
 from ml_ensemble.versioning import ModelStore
 
 CANDLES, _ = simulate_market(700, seed=4)
@@ -59,10 +59,11 @@ def odds(p, offset):
 SHIFTED = [shifted(offset) for offset in range(10)]
 
 
-def challenger(p) -> OutOfSample:
+def challenger(p) -> Predictions:
     y = forward_return_labels(CANDLES)["label"].loc[BARS].to_numpy()
     prior = np.tile([1 - y.mean(), y.mean()], (len(y), 1))
-    return OutOfSample(BARS, y, np.column_stack([1 - p, p]), prior, np.ones(len(y), int), np.roll(y, 1))
+    return Predictions(time=BARS, y=y, proba=np.column_stack([1 - p, p]), prior=prior, fold=np.ones(len(y), int),
+                       previous=np.roll(y, 1))
 
 
 def hand_made(features=FEATURES):
@@ -92,7 +93,7 @@ def test_each_bar_belongs_to_the_version_in_production_then_and_none_has_seen_it
         version = next((version for version, since in reversed(events) if bar > since), None)
         if version is not None and bar > learned[version]:
             owner[bar] = version
-    record = lived_record(store, FEATURES, MANAGER, TODAY)
+    record = production_record(store, FEATURES, MANAGER, TODAY)
     rows = BARS.get_indexer(record.time)
     assert dict(zip(rows.tolist(), record.version.tolist())) == owner and record.gaps == ()
     assert all(row > learned[version] for row, version in zip(rows, record.version))
@@ -107,10 +108,10 @@ def test_evidence_grows_with_every_promotion_until_it_is_enough(store):
     for week in range(8):
         promote(store, 100 + 42 * week)
         until = FEATURES.iloc[:100 + 42 * (week + 1) + 1]
-        seen.append(compare_with_record(oos, lived_record(store, until, MANAGER, TODAY), 1, 250, replications=200))
+        seen.append(compare_with_record(oos, production_record(store, until, MANAGER, TODAY), 1, 250, replications=200))
     assert [c.rows for c in seen] == [42 * (week + 1) for week in range(8)]
     assert [c.low is None for c in seen] == [True] * 5 + [False] * 3
-    assert "42 bars were lived by 1 version so far; 250 are needed: about 5 more weeks" in seen[0].note
+    assert "42 bars of 1 production version so far; 250 are needed: about 5 more weeks" in seen[0].note
     assert seen[0].weeks_needed == pytest.approx((250 - 42) / 42, rel=0.01)
     assert [c.versions for c in seen] == list(range(1, 9))
     assert seen[-1].difference == pytest.approx(0, abs=1e-5) and "8 versions" in seen[-1].note     # the very same forecasts
@@ -118,13 +119,13 @@ def test_evidence_grows_with_every_promotion_until_it_is_enough(store):
 
 def test_the_record_holds_what_each_version_predicts(store):
     promote(store, 100)
-    record = lived_record(store, FEATURES, MANAGER, TODAY)
+    record = production_record(store, FEATURES, MANAGER, TODAY)
     np.testing.assert_allclose(record.proba[:, 1], hand_made(FEATURES.loc[record.time]), atol=1e-6)
 
 
 def test_a_worse_challenger_is_told_from_an_equal_one(store):
     promote(store, 100)
-    record = lived_record(store, FEATURES, MANAGER, TODAY)
+    record = production_record(store, FEATURES, MANAGER, TODAY)
     surer = 1 / (1 + np.exp(-300 * FEATURES["returns_1"].to_numpy()))           # and wrong more often than not
     worse = compare_with_record(challenger(surer), record, 1, 250, replications=300)
     noise = np.clip(hand_made() + np.random.default_rng(0).normal(0, 0.02, len(BARS)), 0.01, 0.99)
@@ -137,10 +138,10 @@ def test_a_damaged_version_leaves_a_gap_with_its_reason(store):
     first, second, third = promote(store, 100), promote(store, 150), promote(store, 200)
     next(store.archive.glob(f"*ensemble_{second}.pkl")).write_bytes(b"damaged")
     next(store.archive.glob(f"*metadata_{first}.json")).write_text("{")
-    record = lived_record(store, FEATURES, MANAGER, TODAY)
+    record = production_record(store, FEATURES, MANAGER, TODAY)
     assert set(record.version) == {third} and len(record.gaps) == 2
     assert record.gaps[0].startswith(f"{first} (151 bars)") and second in record.gaps[1]
-    assert "left out" in compare_with_record(challenger(hand_made()), record, 1, 250, replications=200).note
+    assert "omitted" in compare_with_record(challenger(hand_made()), record, 1, 250, replications=200).note
 
 
 @pytest.mark.parametrize("changed, words", [
@@ -149,16 +150,16 @@ def test_a_damaged_version_leaves_a_gap_with_its_reason(store):
     ({"source": "file:other.csv"}, "market file:other.csv -> sandbox"), ({"interval_minutes": 60.0}, "minutes of a bar 60.0 -> 240.0")])
 def test_a_version_that_decided_something_else_is_named_and_not_compared(store, changed, words):
     version = promote(store, 100, **changed)
-    assert changed_meaning(meaning_of(store.current()), TODAY) == [words]
-    record = lived_record(store, FEATURES, MANAGER, TODAY)
+    assert changed_meaning(decision_settings(store.current()), TODAY) == [words]
+    record = production_record(store, FEATURES, MANAGER, TODAY)
     assert len(record.time) == 0 and words in record.gaps[0] and version in record.gaps[0]
-    assert "no bar was lived by a version that can be compared" in compare_with_record(challenger(hand_made()), record, 1, 250).note
+    assert "no bar has a comparable production version" in compare_with_record(challenger(hand_made()), record, 1, 250).note
 
 
 def test_an_empty_store_and_a_history_without_facts_give_an_empty_record(store):
-    assert production_periods(store, BARS[-1]) == [] and len(lived_record(store, FEATURES, MANAGER, TODAY).time) == 0
+    assert production_periods(store, BARS[-1]) == [] and len(production_record(store, FEATURES, MANAGER, TODAY).time) == 0
     store.record("promotion", version="20250901-0001")           # its archive is gone
-    record = lived_record(store, FEATURES, MANAGER, TODAY)
+    record = production_record(store, FEATURES, MANAGER, TODAY)
     assert len(record.time) == 0
 
 
@@ -168,7 +169,7 @@ def test_a_rollback_gives_the_bars_after_it_to_the_version_brought_back(tmp_path
     first, second = promote(store, 100, shifted(1)), promote(store, 200, shifted(-1))
     clock.now = BARS[230]
     store.rollback("worse", first)
-    record = lived_record(store, FEATURES, MANAGER, TODAY)
+    record = production_record(store, FEATURES, MANAGER, TODAY)
     rows = {version: BARS.get_indexer(record.time[record.version == version]).tolist() for version in (first, second)}
     assert rows == {first: [*range(101, 201), *range(231, len(BARS))], second: [*range(201, 231)]}
     for version, offset in ((first, 1), (second, -1)):         # and each row is what that version predicts, not another
@@ -177,9 +178,9 @@ def test_a_rollback_gives_the_bars_after_it_to_the_version_brought_back(tmp_path
 
 
 def test_in_a_replay_a_rollback_counts_from_the_newest_bar_of_what_it_replaced(store):
-    first, second = promote(store, 100), promote(store, 200)
+    first, _ = promote(store, 100), promote(store, 200)
     store.rollback("worse")                                     # by a clock long after the last bar
-    record = lived_record(store, FEATURES, MANAGER, TODAY)
+    record = production_record(store, FEATURES, MANAGER, TODAY)
     assert set(record.version) == {first} and len(record.time) == len(BARS) - 101
 
 
@@ -190,9 +191,9 @@ def test_metadata_that_lacks_what_is_needed_is_a_reason_and_no_error(store, fact
     whole = {"data": {**DATA, "to": BARS[50].isoformat()}, "fingerprint": MANAGER.fingerprint, "classes": [0, 1]}
     odd = store.promote(MODEL, {**whole, **facts} if facts else {})["version"]
     good = promote(store, 100)
-    record = lived_record(store, FEATURES, MANAGER, TODAY)
+    record = production_record(store, FEATURES, MANAGER, TODAY)
     assert set(record.version) == {good} and len(record.gaps) == 1 and odd in record.gaps[0]
-    assert "cannot be read" in record.gaps[0] or "not recorded" in record.gaps[0] or "classes [] ->" in record.gaps[0]
+    assert "unreadable metadata" in record.gaps[0] or "not recorded" in record.gaps[0] or "classes [] ->" in record.gaps[0]
 
 
 def test_a_model_with_other_classes_than_its_metadata_is_left_out(store):
@@ -208,57 +209,57 @@ def test_a_model_with_other_classes_than_its_metadata_is_left_out(store):
     payload |= {"model": graph.SerializeToString(), "classes": [-1, 0, 1]}
     payload["canary"]["probabilities"] = np.column_stack([p[:, 0] / 2, p[:, 0] / 2, p[:, 1]]).tolist()
     three, two = promote(store, 100, restore_ensemble(payload).to_bytes()), promote(store, 200)
-    record = lived_record(store, FEATURES, MANAGER, TODAY)
-    assert set(record.version) == {two} and "other classes than its metadata" in record.gaps[0] and three in record.gaps[0]
+    record = production_record(store, FEATURES, MANAGER, TODAY)
+    assert set(record.version) == {two} and "the classes in model file and metadata differ" in record.gaps[0] and three in record.gaps[0]
 
 
 def test_the_order_of_events_is_that_of_their_sequence_and_not_of_their_lines(store):
     for row in (100, 200, 300):
         promote(store, row)
-    before, history = lived_record(store, FEATURES, MANAGER, TODAY), store.archive / "history.jsonl"
+    before, history = production_record(store, FEATURES, MANAGER, TODAY), store.archive / "history.jsonl"
     history.write_text("\n".join(history.read_text().splitlines()[::-1]) + "\n")
-    after = lived_record(store, FEATURES, MANAGER, TODAY)
+    after = production_record(store, FEATURES, MANAGER, TODAY)
     assert after.version.tolist() == before.version.tolist() and len(set(after.version)) == 3
 
 
 def test_the_version_in_production_counts_even_if_the_history_is_lost_and_an_archived_one_never(store):
-    first, second = promote(store, 100), promote(store, 200)
+    _, second = promote(store, 100), promote(store, 200)
     (store.archive / "history.jsonl").unlink()
-    record = lived_record(store, FEATURES, MANAGER, TODAY)
+    record = production_record(store, FEATURES, MANAGER, TODAY)
     assert set(record.version) == {second} and record.gaps == ()
 
 
 def test_times_without_a_zone_are_utc_and_no_bars_are_no_error(store):
     promote(store, 100)
-    aware, naive = (lived_record(store, table, MANAGER, TODAY) for table in (FEATURES, FEATURES.tz_localize(None)))
+    aware, naive = (production_record(store, table, MANAGER, TODAY) for table in (FEATURES, FEATURES.tz_localize(None)))
     assert naive.time.equals(aware.time) and len(naive.time) == len(BARS) - 101
-    assert len(lived_record(store, FEATURES.iloc[:0], MANAGER, TODAY).time) == 0
+    assert len(production_record(store, FEATURES.iloc[:0], MANAGER, TODAY).time) == 0
 
 
 def test_a_first_version_has_nothing_to_be_compared_with(store):
-    nothing = compare_with_record(challenger(hand_made()), lived_record(store, FEATURES, MANAGER, TODAY), 1, 250)
+    nothing = compare_with_record(challenger(hand_made()), production_record(store, FEATURES, MANAGER, TODAY), 1, 250)
     assert (nothing.rows, nothing.low, nothing.note) == (0, None, "first version: nothing in production to compare with")
     promote(store, len(BARS) - 1)
-    none_yet = compare_with_record(challenger(hand_made()), lived_record(store, FEATURES, MANAGER, TODAY), 1, 250)
-    assert none_yet.note.startswith("no bar is newer than the version in production; 250 are needed")
+    none_yet = compare_with_record(challenger(hand_made()), production_record(store, FEATURES, MANAGER, TODAY), 1, 250)
+    assert none_yet.note.startswith("no bar is newer than the training data of the version in production; 250 are needed")
 
 
 def test_a_note_names_the_newest_gaps_and_counts_the_others(store):
     versions = [promote(store, row, source="file:other.csv") for row in range(100, 105)]
-    note = compare_with_record(challenger(hand_made()), lived_record(store, FEATURES, MANAGER, TODAY), 1, 250).note
-    assert note.endswith("and 2 more before") and [version in note for version in versions] == [False, False, True, True, True]
+    note = compare_with_record(challenger(hand_made()), production_record(store, FEATURES, MANAGER, TODAY), 1, 250).note
+    assert note.endswith("and 2 earlier ones") and [version in note for version in versions] == [False, False, True, True, True]
 
 
 def test_the_last_week_of_waiting_is_one_week(store):
     promote(store, len(BARS) - 1 - 230)
-    record = lived_record(store, FEATURES, MANAGER, TODAY)
-    assert "230 bars were lived by 1 version so far; 250 are needed: about 1 more week" == compare_with_record(
+    record = production_record(store, FEATURES, MANAGER, TODAY)
+    assert "230 bars of 1 production version so far; 250 are needed: about 1 more week" == compare_with_record(
         challenger(hand_made()), record, 1, 250).note
 
 
 def test_a_replay_on_older_bars_starts_the_record_of_these_bars_anew(store):
     versions = [promote(store, row) for row in (50, 400, 100, 142, 184)]       # to bar 400, then again from bar 100 on
-    record = lived_record(store, FEATURES.iloc[:227], MANAGER, TODAY)
+    record = production_record(store, FEATURES.iloc[:227], MANAGER, TODAY)
     lived = {version: int((record.version == version).sum()) for version in versions}
     assert list(lived.values()) == [50, 0, 42, 42, 42]
 
@@ -269,7 +270,7 @@ def test_bars_that_a_version_brought_back_had_seen_are_left_out(tmp_path):
     newer, older = promote(store, 300), promote(store, 100)
     clock.now = BARS[200]
     store.rollback("the newer one after all", newer)
-    record = lived_record(store, FEATURES, MANAGER, TODAY)
+    record = production_record(store, FEATURES, MANAGER, TODAY)
     rows = {version: BARS.get_indexer(record.time[record.version == version]).tolist() for version in (older, newer)}
     assert rows == {older: [*range(101, 201)], newer: [*range(301, len(BARS))]}
 
@@ -280,5 +281,5 @@ def test_a_rollback_of_this_morning_leaves_the_last_week_to_the_version_that_liv
     store = ModelStore(tmp_path / "models", clock=clock)
     first, second = promote(store, 100), promote(store, 500)
     store.rollback("worse", first)
-    record = lived_record(store, FEATURES, MANAGER, TODAY)
+    record = production_record(store, FEATURES, MANAGER, TODAY)
     assert set(record.version[record.time > BARS[500]]) == {second}

@@ -17,20 +17,20 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
-from ml_ensemble.base_learners import NAMES, make_learners
-from ml_ensemble.blending import Mixing, learn_weights, mix, taken
-from ml_ensemble.classifier import EnsembleClassifier, out_of_fold
+from ml_ensemble.base_learners import LEARNERS, make_learners
+from ml_ensemble.blending import BlendConfig, learn_weights, walk_forward_blend, prob_of_true_class
+from ml_ensemble.classifier import EnsembleClassifier, _predict_out_of_fold
 from ml_ensemble.config import load_settings
 from ml_ensemble.core import ConfigError, MissingValueError, MLEnsembleError, ValidationError
 from ml_ensemble.feature_manager import FeatureManager, scale_free
 from ml_ensemble.labels import forward_return_labels
-from ml_ensemble.training import blend, make_training_set, walk_forward
+from ml_ensemble.walk_forward import weighted_mean, make_training_set, walk_forward
 from ml_ensemble.validation import PurgedWalkForward
 
 # The real learners, with few trees.
 FEW = {"lightgbm": {"n_estimators": 10, "learning_rate": 0.1}, "xgboost": {"n_estimators": 10, "learning_rate": 0.1},
        "random_forest": {"n_estimators": 10}, "n_jobs": 1}
-TINY = {name: {**FEW[name], "n_estimators": 4} for name in NAMES} | {"n_jobs": 1}
+TINY = {name: {**FEW[name], "n_estimators": 4} for name in LEARNERS} | {"n_jobs": 1}
 CONTRACTS = {"default": {}, "prior": {"incomplete": "prior"},
              "learned": {"weighting": "learned", "calibration": "auto", "cv": StratifiedKFold(2)}}
 ARRAY_API = "check_array_api_input"      # needs a variable that is read when scipy is first imported
@@ -81,7 +81,7 @@ def three(sandbox):
 SPLITTER = PurgedWalkForward(3)
 SETTINGS = load_settings(["n_estimators=12", "learning_rate=0.1"])
 PARAMETERS = SETTINGS.learners.model_dump()
-SHARES = dict(zip(NAMES, (0.4, 0.4, 0.2)))
+SHARES = dict(zip(LEARNERS, (0.4, 0.4, 0.2)))
 
 
 def walked(rows, seed):
@@ -93,20 +93,20 @@ def test_its_probabilities_are_those_of_the_weekly_recipe_bit_for_bit(data, thre
     rows = data if classes == 2 else three
     walk = walked(rows, seed=11)
     for number, (train, test) in enumerate(SPLITTER.split(rows.features, groups=rows.end_time), start=1):
-        model = EnsembleClassifier(**PARAMETERS, random_state=11, n_jobs=1).fit(rows.view[train], rows.y[train])
-        expected = blend(walk.proba, SHARES)[walk.fold == number]
-        assert model.predict_proba(rows.view[test]).tobytes() == expected.tobytes()
+        model = EnsembleClassifier(**PARAMETERS, random_state=11, n_jobs=1).fit(rows.inputs[train], rows.y[train])
+        expected = weighted_mean(walk.proba, SHARES)[walk.fold == number]
+        assert model.predict_proba(rows.inputs[test]).tobytes() == expected.tobytes()
         assert model.classes_.tolist() == list(rows.classes)
 
 
 @pytest.mark.parametrize(("weighting", "calibration"), [("learned", "platt"), ("greedy", "isotonic")])
 def test_its_mixture_is_that_of_the_weekly_recipe(data, weighting, calibration):
-    mixing = Mixing(SHARES, weighting, SETTINGS.ensemble.shrinkage, calibration,
+    mixing = BlendConfig(SHARES, weighting, SETTINGS.ensemble.shrinkage, calibration,
                     SETTINGS.ensemble.calibration_shrinkage)
-    expected = mix(walked(data, seed=11), mixing).final
+    expected = walk_forward_blend(walked(data, seed=11), mixing).final
     folds = list(SPLITTER.split(data.features, groups=data.end_time))
     model = EnsembleClassifier(**PARAMETERS, weighting=weighting, calibration=calibration, cv=folds, random_state=11,
-                               n_jobs=1).fit(data.view, data.y)
+                               n_jobs=1).fit(data.inputs, data.y)
     assert (model.weights_, model.calibration_) == (expected.weights, expected.calibration)
 
 
@@ -116,25 +116,25 @@ def test_the_folds_are_purged_walk_forward_unless_others_are_given(data):
     ends = index + pd.Timedelta("4h")                    # the candles have no gap, so rows and times agree
     purged = list(PurgedWalkForward(4, min_train=1).split(data.features, groups=ends))
     how = FEW | {"weighting": "learned", "calibration": "platt"}
-    by_number = EnsembleClassifier(**how, cv=4).fit(data.view, data.y)
-    by_splits = EnsembleClassifier(**how, cv=purged).fit(data.view, data.y)
-    other = EnsembleClassifier(**how, cv=TimeSeriesSplit(4)).fit(data.view, data.y)
+    by_number = EnsembleClassifier(**how, cv=4).fit(data.inputs, data.y)
+    by_splits = EnsembleClassifier(**how, cv=purged).fit(data.inputs, data.y)
+    other = EnsembleClassifier(**how, cv=TimeSeriesSplit(4)).fit(data.inputs, data.y)
     assert by_number.weights_ == by_splits.weights_ and by_number.calibration_ == by_splits.calibration_
     assert by_number.weights_ != other.weights_          # TimeSeriesSplit does not purge
-    configured = EnsembleClassifier(**how).fit(data.view, data.y)
-    same = EnsembleClassifier(**how, cv=SETTINGS.validation.n_splits).fit(data.view, data.y)
+    configured = EnsembleClassifier(**how).fit(data.inputs, data.y)
+    same = EnsembleClassifier(**how, cv=SETTINGS.validation.n_splits).fit(data.inputs, data.y)
     assert configured.weights_ == same.weights_
 
 
 def test_what_is_not_given_is_as_configured(data, monkeypatch):
     configured = load_settings().learners.model_dump()
-    model = EnsembleClassifier(**FEW).fit(data.view, data.y)
-    assert model.parameters_ == {name: configured[name] | FEW[name] for name in NAMES}
+    model = EnsembleClassifier(**FEW).fit(data.inputs, data.y)
+    assert model.parameters_ == {name: configured[name] | FEW[name] for name in LEARNERS}
     assert model.learners_["random_forest"].min_samples_leaf == configured["random_forest"]["min_samples_leaf"]
     assert {learner.random_state for learner in model.learners_.values()} == {load_settings().seed}
     assert EnsembleClassifier().weights == tuple(load_settings().ensemble.weights.model_dump().values())
     monkeypatch.setenv("ML_ENSEMBLE_LEARNERS__XGBOOST__MAX_DEPTH", "2")
-    assert clone(model).fit(data.view, data.y).parameters_["xgboost"]["max_depth"] == 2
+    assert clone(model).fit(data.inputs, data.y).parameters_["xgboost"]["max_depth"] == 2
 
 
 # -- scikit-learn's tools ------------------------------------------------------------------------------------------
@@ -146,8 +146,8 @@ def test_candles_in_decisions_out(sandbox, data):
     model.fit(sandbox.loc[labels.index], labels["label"])
     proba = model.predict_proba(sandbox)
     assert proba.shape == (len(sandbox), 2) and np.isfinite(proba).all()
-    direct = EnsembleClassifier(**FEW).fit(data.view, data.y)
-    np.testing.assert_array_equal(proba[49:-2], direct.predict_proba(data.view))
+    direct = EnsembleClassifier(**FEW).fit(data.inputs, data.y)
+    np.testing.assert_array_equal(proba[49:-2], direct.predict_proba(data.inputs))
     np.testing.assert_array_equal(proba[:49, 1], data.y.mean())
     assert set(model.predict(sandbox)) == {0, 1}
     with pytest.raises(MissingValueError, match="is NaN in row 0.*incomplete="):
@@ -172,7 +172,7 @@ def test_a_search_under_purged_walk_forward(data):
 def test_cross_validate_with_weights(data):
     weight = np.linspace(0.5, 1.5, len(data))
     how = {"cv": TimeSeriesSplit(2), "scoring": "neg_log_loss", "error_score": "raise"}
-    plain, weighted = (cross_validate(EnsembleClassifier(**FEW), data.view, data.y, params=params, **how)["test_score"]
+    plain, weighted = (cross_validate(EnsembleClassifier(**FEW), data.inputs, data.y, params=params, **how)["test_score"]
                        for params in (None, {"sample_weight": weight}))
     assert np.isfinite(weighted).all() and (plain != weighted).all()
 
@@ -193,15 +193,15 @@ def test_parameters_inside_the_dicts():
 
 
 def test_a_pickle_and_a_copy_answer_alike(data):
-    model = EnsembleClassifier(**FEW, weighting="greedy").fit(data.view, data.y)
+    model = EnsembleClassifier(**FEW, weighting="greedy").fit(data.inputs, data.y)
     again = pickle.loads(pickle.dumps(model))
-    assert again.predict_proba(data.view).tobytes() == model.predict_proba(data.view).tobytes()
+    assert again.predict_proba(data.inputs).tobytes() == model.predict_proba(data.inputs).tobytes()
     with pytest.raises(NotFittedError):
-        clone(model).predict(data.view)
+        clone(model).predict(data.inputs)
 
 
 def test_columns_are_remembered(data):
-    table = pd.DataFrame(data.view, columns=[f"x{i}" for i in range(12)])
+    table = pd.DataFrame(data.inputs, columns=[f"x{i}" for i in range(12)])
     model = EnsembleClassifier(**FEW).fit(table, data.y)
     assert model.n_features_in_ == 12 and model.feature_names_in_.tolist() == table.columns.tolist()
     with pytest.raises(ValueError, match="feature names should match"):
@@ -216,13 +216,13 @@ def test_columns_are_remembered(data):
 @pytest.mark.parametrize("names", [["hold", "buy"], ["sell", "hold", "buy"], ["a", "b", "c", "d"]])
 def test_any_labels_in_any_number_from_two_on(data, names):
     k = len(names)
-    number = np.digitize(data.view[:, 1], np.quantile(data.view[:, 1], np.arange(1, k) / k))   # of something learnable
+    number = np.digitize(data.inputs[:, 1], np.quantile(data.inputs[:, 1], np.arange(1, k) / k))   # of something learnable
     words = np.array(sorted(names), dtype=object)[number]
-    by_word, by_number = (EnsembleClassifier(**FEW).fit(data.view, y) for y in (words, number))
+    by_word, by_number = (EnsembleClassifier(**FEW).fit(data.inputs, y) for y in (words, number))
     assert by_word.classes_.tolist() == sorted(names)
-    assert by_word.predict_proba(data.view).tobytes() == by_number.predict_proba(data.view).tobytes()
-    np.testing.assert_allclose(by_word.predict_proba(data.view).sum(axis=1), 1)
-    assert (by_word.predict(data.view) == words).mean() > 0.9
+    assert by_word.predict_proba(data.inputs).tobytes() == by_number.predict_proba(data.inputs).tobytes()
+    np.testing.assert_allclose(by_word.predict_proba(data.inputs).sum(axis=1), 1)
+    assert (by_word.predict(data.inputs) == words).mean() > 0.9
 
 
 @pytest.mark.parametrize("how", [{}, {"weighting": "learned", "calibration": "platt"}], ids=["fixed", "learned"])
@@ -233,24 +233,24 @@ def test_a_row_of_weight_two_is_the_row_twice_and_one_of_weight_zero_is_not_ther
 
     def answer(X, y, parts, sample_weight=None):
         model = EnsembleClassifier(**how | {"cv": parts if how["cv"] else None})
-        return model.fit(X, y, sample_weight).predict_proba(data.view)
+        return model.fit(X, y, sample_weight).predict_proba(data.inputs)
 
     n, half = np.arange(len(data)), len(data) // 2
     folds = [(n[:half], n[half:])]
     copies = np.repeat(n, weight)
     split = [(np.flatnonzero(copies < half), np.flatnonzero(copies >= half))]
-    weighted, written = answer(data.view, data.y, folds, weight), answer(data.view[copies], data.y[copies], split)
+    weighted, written = answer(data.inputs, data.y, folds, weight), answer(data.inputs[copies], data.y[copies], split)
     assert weighted.tobytes() == written.tobytes()
     there = weight > 0
     kept = [(np.flatnonzero(n[there] < half), np.flatnonzero(n[there] >= half))]
-    zeroed, removed = (answer(data.view, data.y, folds, there.astype(float)),
-                       answer(data.view[there], data.y[there], kept))
+    zeroed, removed = (answer(data.inputs, data.y, folds, there.astype(float)),
+                       answer(data.inputs[there], data.y[there], kept))
     assert zeroed.tobytes() == removed.tobytes() != weighted.tobytes()
 
 
 def test_a_class_without_weight_is_no_class(three):
     weight = (three.y != -1).astype(float)
-    model = EnsembleClassifier(**FEW).fit(three.view, three.y, weight)
+    model = EnsembleClassifier(**FEW).fit(three.inputs, three.y, weight)
     assert model.classes_.tolist() == [0, 1]
 
 
@@ -258,24 +258,24 @@ def test_splits_by_number_count_only_the_rows_that_are_there(data):
     weight = np.ones(len(data))
     weight[::3] = 0
     how = FEW | {"weighting": "learned", "cv": 3}
-    zeroed = EnsembleClassifier(**how).fit(data.view, data.y, weight)
-    removed = EnsembleClassifier(**how).fit(data.view[weight > 0], data.y[weight > 0])
+    zeroed = EnsembleClassifier(**how).fit(data.inputs, data.y, weight)
+    removed = EnsembleClassifier(**how).fit(data.inputs[weight > 0], data.y[weight > 0])
     assert zeroed.weights_ == removed.weights_
 
 
 def test_weights_that_are_not_whole_reach_all_three_learners_and_the_mixture(data):
     weight = np.where(data.y == 1, 3.7, 0.9)
-    plain, weighted = (EnsembleClassifier(**FEW).fit(data.view, data.y, w) for w in (None, weight))
-    for name in NAMES:
-        less, more = (model.learners_[name].predict_proba(data.view)[:, 1].mean() for model in (plain, weighted))
+    plain, weighted = (EnsembleClassifier(**FEW).fit(data.inputs, data.y, w) for w in (None, weight))
+    for name in LEARNERS:
+        less, more = (model.learners_[name].predict_proba(data.inputs)[:, 1].mean() for model in (plain, weighted))
         assert more - less > 0.05, name
     assert weighted.prior_[1] == pytest.approx(np.average(data.y, weights=weight))
     n = np.arange(len(data))
     folds = [(n[:900], n[900:])]
-    model = EnsembleClassifier(**FEW, weighting="learned", cv=folds).fit(data.view, data.y, weight)
+    model = EnsembleClassifier(**FEW, weighting="learned", cv=folds).fit(data.inputs, data.y, weight)
     make = lambda: make_learners(model.parameters_, load_settings().seed, 1)
-    proba, rows = out_of_fold(make, data.view, data.y, weight, model.classes_, folds, workers=1)
-    hit, fixed = taken(proba, data.y[rows]), np.array([0.4, 0.4, 0.2])
+    proba, rows = _predict_out_of_fold(make, data.inputs, data.y, weight, model.classes_, folds, workers=1)
+    hit, fixed = prob_of_true_class(proba, data.y[rows]), np.array([0.4, 0.4, 0.2])
     expected = learn_weights(hit, fixed, SETTINGS.ensemble.shrinkage, weight[rows] / weight[rows].mean())
     np.testing.assert_allclose(list(model.weights_.values()), expected, atol=1e-12)
     assert np.abs(expected - learn_weights(hit, fixed, SETTINGS.ensemble.shrinkage)).max() > 1e-3
@@ -283,13 +283,13 @@ def test_weights_that_are_not_whole_reach_all_three_learners_and_the_mixture(dat
 
 def test_weights_too_large_to_be_written_out_count_relative_to_each_other(data):
     weight = np.where(data.y == 1, 30, 10)
-    first, second = (EnsembleClassifier(**FEW).fit(data.view, data.y, weight * factor).predict_proba(data.view)
+    first, second = (EnsembleClassifier(**FEW).fit(data.inputs, data.y, weight * factor).predict_proba(data.inputs)
                      for factor in (1, 10**7))
     np.testing.assert_allclose(first, second, atol=1e-9)
 
 
 def test_incomplete_rows_are_not_there_and_are_answered_with_the_class_shares(data):
-    X, missing = data.view.copy(), np.arange(len(data)) % 7 == 0
+    X, missing = data.inputs.copy(), np.arange(len(data)) % 7 == 0
     X[missing, 4] = np.nan
     model = EnsembleClassifier(**FEW, incomplete="prior").fit(X, data.y)
     without = EnsembleClassifier(**FEW).fit(X[~missing], data.y[~missing])
@@ -305,19 +305,19 @@ def test_incomplete_rows_are_not_there_and_are_answered_with_the_class_shares(da
 def test_learned_weights_lie_on_the_simplex_and_fit_the_out_of_fold_rows(data, weighting):
     folds = list(SPLITTER.split(data.features, groups=data.end_time))
     model = EnsembleClassifier(**PARAMETERS, weighting=weighting, cv=folds, random_state=11, n_jobs=1)
-    weights = model.fit(data.view, data.y).weights_
-    assert list(weights) == list(NAMES) and min(weights.values()) >= 0
+    weights = model.fit(data.inputs, data.y).weights_
+    assert list(weights) == list(LEARNERS) and min(weights.values()) >= 0
     assert sum(weights.values()) == pytest.approx(1, abs=1e-12)
     walk = walked(data, seed=11)
-    loss = {name: log_loss(walk.y, blend(walk.proba, w)) for name, w in (("new", weights), ("fixed", SHARES))}
+    loss = {name: log_loss(walk.y, weighted_mean(walk.proba, w)) for name, w in (("new", weights), ("fixed", SHARES))}
     assert loss["new"] < loss["fixed"]
 
 
 def test_learned_weights_find_the_learner_that_knows(data):
     blind = FEW | {"weighting": "learned", "xgboost": {"n_estimators": 1, "learning_rate": 1e-6},
                    "lightgbm": {"n_estimators": 1, "learning_rate": 1e-6}, "random_forest": {"n_estimators": 60}}
-    y = (data.view[:, 1] > np.median(data.view[:, 1])).astype(int)
-    weights = EnsembleClassifier(**blind).fit(data.view, y).weights_
+    y = (data.inputs[:, 1] > np.median(data.inputs[:, 1])).astype(int)
+    weights = EnsembleClassifier(**blind).fit(data.inputs, y).weights_
     assert weights["random_forest"] > 0.9
 
 
@@ -357,19 +357,19 @@ def test_a_forest_that_is_sure_breaks_no_logarithm():
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_a_seed_gives_the_same_bits_and_another_seed_others(data, at_once):
     how = FEW | {"n_jobs": at_once, "weighting": "learned", "calibration": "isotonic", "cv": 2}
-    first, second, other = (EnsembleClassifier(**how, random_state=seed).fit(data.view, data.y).predict_proba(data.view)
+    first, second, other = (EnsembleClassifier(**how, random_state=seed).fit(data.inputs, data.y).predict_proba(data.inputs)
                             for seed in (5, 5, 6))
     assert first.tobytes() == second.tobytes() != other.tobytes()
 
 
 def test_a_generator_draws_the_seed(data):
-    drawn = [EnsembleClassifier(**FEW, random_state=generator).fit(data.view, data.y).predict_proba(data.view).tobytes()
+    drawn = [EnsembleClassifier(**FEW, random_state=generator).fit(data.inputs, data.y).predict_proba(data.inputs).tobytes()
              for generator in (np.random.RandomState(1), np.random.RandomState(1), np.random.RandomState(2))]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_learners_see_float32(data):
-    telling = data.view.astype(np.float64)
+    telling = data.inputs.astype(np.float64)
     telling[:, 0] = 1 + 1e-10 * data.y                    # gives the label away, beyond the digits of float32
     model = EnsembleClassifier(**FEW).fit(telling, data.y)
     blind = EnsembleClassifier(**FEW).fit(telling.astype(np.float32), data.y)
@@ -380,8 +380,8 @@ def test_learners_see_float32(data):
 
 @pytest.mark.parametrize(("parameters", "expected"), [
     ({"weights": (0.5, 0.4, 0.2)}, "the weights sum to 1.1, not to 1"),
-    ({"weights": (1.4, -0.4, 0.0)}, "none negative: of lightgbm, xgboost, random_forest"),
-    ({"weights": (0.5, 0.5)}, "Give three"),
+    ({"weights": (1.4, -0.4, 0.0)}, "non-negative numbers, for lightgbm, xgboost, random_forest"),
+    ({"weights": (0.5, 0.5)}, "Pass three non-negative numbers"),
     ({"weights": (np.nan, 0.5, 0.5)}, "the weights are"),
     ({"weights": "equal"}, "the weights are 'equal'"),
     ({"weighting": "best"}, "weighting is 'best'. Use one of fixed, learned, greedy"),
@@ -394,38 +394,38 @@ def test_learners_see_float32(data):
     ({"weighting": "learned", "cv": "five"}, "cv is 'five'. Use a number of folds"),
     ({"weighting": "learned", "cv": 0}, "cannot be cut into 1 blocks"),
     ({"weighting": "learned", "cv": 3.5}, "cv is 3.5"),
-    ({"weighting": "learned", "cv": []}, "the 0 splits in cv holds no row that counts"),
-    ({"weighting": "learned", "cv": [([0, 1, 2], [9999])]}, "the 1 splits in cv holds no row that counts"),
+    ({"weighting": "learned", "cv": []}, "the 0 splits in cv has no usable row"),
+    ({"weighting": "learned", "cv": [([0, 1, 2], [9999])]}, "the 1 splits in cv has no usable row"),
 ])
 def test_a_wrong_parameter_is_told(data, parameters, expected):
     with pytest.raises(ValueError) as refused:
-        EnsembleClassifier(**FEW | parameters).fit(data.view, data.y)
+        EnsembleClassifier(**FEW | parameters).fit(data.inputs, data.y)
     assert isinstance(refused.value, MLEnsembleError) and expected in str(refused.value)
 
 
 def test_too_few_rows_are_told(data, three):
     learned = EnsembleClassifier(**FEW, weighting="learned")
     with pytest.raises(ValidationError, match="5 rows cannot be cut into 6 blocks"):
-        learned.fit(data.view[:5], [0, 1, 0, 1, 0])
-    late = learned.fit(data.view[:30], [0] * 15 + [1] * 15)            # its first folds know no class 1
-    assert np.isfinite(late.predict_proba(data.view[:30])).all()
-    with pytest.raises(ValidationError, match="the label|when the labels end"):
-        EnsembleClassifier(**FEW, weighting="learned", cv=PurgedWalkForward(3)).fit(data.view, data.y)
-    with pytest.raises(ConfigError, match="for two classes, and y has 3"):
-        EnsembleClassifier(**FEW, calibration="platt").fit(three.view, three.y)
-    assert EnsembleClassifier(**FEW, calibration="auto").fit(three.view, three.y).calibration_ == {"kind": "none"}
+        learned.fit(data.inputs[:5], [0, 1, 0, 1, 0])
+    late = learned.fit(data.inputs[:30], [0] * 15 + [1] * 15)            # its first folds know no class 1
+    assert np.isfinite(late.predict_proba(data.inputs[:30])).all()
+    with pytest.raises(ValidationError, match="the label end times are unknown|the label"):
+        EnsembleClassifier(**FEW, weighting="learned", cv=PurgedWalkForward(3)).fit(data.inputs, data.y)
+    with pytest.raises(ConfigError, match="requires two classes, y has 3"):
+        EnsembleClassifier(**FEW, calibration="platt").fit(three.inputs, three.y)
+    assert EnsembleClassifier(**FEW, calibration="auto").fit(three.inputs, three.y).calibration_ == {"kind": "none"}
 
 
 def test_weights_and_labels_that_cannot_be_are_told(data):
     model = EnsembleClassifier(**FEW)
     one = np.ones(len(data))
     for weight, expected in ((-one, "the weight of row 0 is -1"), (0 * one, "every sample weight is zero"),
-                         (one[:3], "inconsistent numbers of samples"), (np.stack([one, one], 1), "one weight a row")):
+                         (one[:3], "inconsistent numbers of samples"), (np.stack([one, one], 1), "one weight per row")):
         with pytest.raises(ValueError, match=expected):
-            model.fit(data.view, data.y, weight)
-    with pytest.raises(ValidationError, match="one class, 1, in the 5 of"):
-        model.fit(data.view, np.repeat([1, 0], [5, len(data) - 5]), np.repeat([1, 0], [5, len(data) - 5]))
-    with pytest.raises(ValidationError, match="there is no class in the 0 of"):
+            model.fit(data.inputs, data.y, weight)
+    with pytest.raises(ValidationError, match="one class, 1, in the 5 usable of"):
+        model.fit(data.inputs, np.repeat([1, 0], [5, len(data) - 5]), np.repeat([1, 0], [5, len(data) - 5]))
+    with pytest.raises(ValidationError, match="there is no class in the 0 usable of"):
         model.set_params(incomplete="prior").fit(np.full((4, 2), np.nan), [0, 1, 0, 1])
 
 

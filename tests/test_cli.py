@@ -16,7 +16,7 @@ import pytest
 
 from conftest import QUICK, TINY
 from ml_ensemble import FeatureManager, ModelStore, ProductionEnsemble, cli as command_line
-from ml_ensemble.market_data import simulate_market
+from ml_ensemble.sandbox import simulate_market
 from scratch import run
 
 SETS = [word for override in QUICK for word in ("--set", override)]
@@ -33,7 +33,7 @@ def call(tmp_path, monkeypatch):
             monkeypatch.setenv("ML_ENSEMBLE_MODELS", str(models))
         monkeypatch.setattr(sys, "argv", ["ml-ensemble", *words])
         with contextlib.redirect_stdout(io.StringIO()) as stdout, contextlib.redirect_stderr(io.StringIO()) as stderr:
-            code = command_line.run("--json" in words)
+            code = command_line.run_command("--json" in words)
         return SimpleNamespace(returncode=code, stdout=stdout.getvalue(), stderr=stderr.getvalue())
     return here
 

@@ -14,16 +14,17 @@ from sklearn.feature_selection import SelectKBest
 from sklearn.model_selection import KFold, TimeSeriesSplit
 from sklearn.preprocessing import StandardScaler
 
-from ml_ensemble.blending import fit_mixture, mixing_of
+from ml_ensemble.blending import fit_blend
+from ml_ensemble.recipe import blend_config
 from ml_ensemble.config import load_settings
 from ml_ensemble.core import FeatureError, canonical_json
 from ml_ensemble.custom_features import CustomFeature, custom_feature
 from ml_ensemble.feature_manager import FeatureManager
 from ml_ensemble.labels import forward_return_labels, triple_barrier_labels
-from ml_ensemble.leakage_audit import (Answer, OneFold, Pipeline, Rows, audit, check_causality, check_entry, check_shuffled,
-                                       check_stream, join_rows, project_pipeline, view_bar_by_bar, view_of,
+from ml_ensemble.leakage_audit import (FoldResult, OneFold, Pipeline, Rows, audit, check_causality, check_entry, check_shuffled,
+                                       check_stream, join_rows, project_pipeline, view_bar_by_bar, inputs_of,
                                        view_windows)
-from ml_ensemble.market_data import simulate_market
+from ml_ensemble.sandbox import simulate_market
 from ml_ensemble.validation import PurgedWalkForward
 
 pytestmark = pytest.mark.slow
@@ -38,7 +39,7 @@ def pipeline(*overrides) -> Pipeline:
 OWN = pipeline()
 
 
-def linear(rows: Rows, train, test) -> Answer:
+def linear(rows: Rows, train, test) -> FoldResult:
     """An honest fold: scaler and threshold from the training part alone, the threshold from its newest rows, purged."""
     fit, tune = train[:-len(train) // 4], train[-len(train) // 4:]
     fit = fit[rows.end_time[fit] < rows.X.index[tune[0]]]
@@ -46,7 +47,7 @@ def linear(rows: Rows, train, test) -> Answer:
     model = LinearDiscriminantAnalysis().fit(scaler.transform(rows.X.iloc[fit]), rows.y[fit])
     p = lambda where: model.predict_proba(np.clip(scaler.transform(rows.X.iloc[where]), -9, 9))
     threshold = best_threshold(rows.y[tune], p(tune)[:, 1])
-    return Answer(p(test), p(test)[:, 1] >= threshold, {"scaler": scaler.mean_, "threshold": threshold})
+    return FoldResult(p(test), p(test)[:, 1] >= threshold, {"scaler": scaler.mean_, "threshold": threshold})
 
 
 def best_threshold(y, p) -> float:
@@ -180,7 +181,7 @@ def test_a_custom_feature_that_reads_a_global_table_is_refused():
 
 def with_custom(feature: CustomFeature) -> Pipeline:
     manager = FeatureManager(custom=[feature])
-    return replace(QUICK, features=lambda candles: view_of(manager, candles), warmup=view_windows(manager),
+    return replace(QUICK, features=lambda candles: inputs_of(manager, candles), warmup=view_windows(manager),
                    stream=lambda candles: view_bar_by_bar(manager, candles))
 
 
@@ -333,19 +334,19 @@ def test_rows_on_both_sides_are_found():
 def scaler_on_all(rows, train, test):
     scaler = StandardScaler().fit(rows.X)
     model = LinearDiscriminantAnalysis().fit(scaler.transform(rows.X.iloc[train]), rows.y[train])
-    return Answer(model.predict_proba(scaler.transform(rows.X.iloc[test])))
+    return FoldResult(model.predict_proba(scaler.transform(rows.X.iloc[test])))
 
 
 def scaler_on_train_and_test(rows, train, test):
     scaler = StandardScaler().fit(rows.X.iloc[np.append(train, test)])
-    return Answer(OWN.fit_predict(replace(rows, X=rows.X * 0 + scaler.transform(rows.X)), train, test),
+    return FoldResult(OWN.fit_predict(replace(rows, X=rows.X * 0 + scaler.transform(rows.X)), train, test),
                   fitted={"scaler": scaler.mean_})
 
 
 def selection_on_all(rows, train, test):
     chosen = SelectKBest(k=4).fit(rows.X, rows.y).get_feature_names_out()
     proba = linear(replace(rows, X=rows.X[chosen]), train, test).proba
-    return Answer(proba, fitted={"chosen columns": chosen})
+    return FoldResult(proba, fitted={"chosen columns": chosen})
 
 
 def stopped_by_test(rows, train, test):
@@ -353,13 +354,13 @@ def stopped_by_test(rows, train, test):
     model = LGBMClassifier(n_estimators=200, learning_rate=0.2, num_leaves=7, random_state=0, n_jobs=1, verbosity=-1)
     stop = early_stopping(5, verbose=False)
     model.fit(X[train], rows.y[train], eval_X=X[test], eval_y=rows.y[test], callbacks=[stop])
-    return Answer(model.predict_proba(X[test]), fitted={"rounds": model.best_iteration_})
+    return FoldResult(model.predict_proba(X[test]), fitted={"rounds": model.best_iteration_})
 
 
 def threshold_by_test(rows, train, test):
     proba = linear(rows, train, test).proba
     threshold = best_threshold(rows.y[test], proba[:, 1])
-    return Answer(proba, proba[:, 1] >= threshold)
+    return FoldResult(proba, proba[:, 1] >= threshold)
 
 
 def calibrated_by_test(rows, train, test):
@@ -410,7 +411,7 @@ def test_a_fit_that_is_not_repeatable_is_not_called_a_leak():
 # Leaks in the mixing
 
 FAR = pipeline("horizon=5", "weighting=learned", "objective=profit")
-FAR_MIXING = mixing_of(load_settings(["horizon=5", "weighting=learned", "objective=profit"]))
+FAR_MIXING = blend_config(load_settings(["horizon=5", "weighting=learned", "objective=profit"]))
 
 
 def mixed_with(past):
@@ -419,11 +420,11 @@ def mixed_with(past):
         proba, decision = np.empty_like(walk.prior), np.empty(len(walk.y), int)
         for fold in range(1, len(walk.folds) + 1):
             here = walk.fold == fold
-            made = fit_mixture(FAR_MIXING, walk, past(walk, fold), walk.share)
+            made = fit_blend(FAR_MIXING, walk, past(walk, fold), walk.share)
             proba[here] = made.proba({name: p[here] for name, p in walk.proba.items()})
             decision[here] = proba[here, 1] >= made.threshold
-        return Answer(proba, decision)
-    return replace(QUICK, labels=FAR.labels, mix=mixing)
+        return FoldResult(proba, decision)
+    return replace(QUICK, labels=FAR.labels, blend=mixing)
 
 
 MIXING_LEAKS = {
@@ -437,7 +438,7 @@ MIXING_LEAKS = {
 @pytest.mark.parametrize("kind", MIXING_LEAKS)
 def test_a_mixing_that_knows_what_comes_is_named(kind):
     found = audit(CANDLES, mixed_with(MIXING_LEAKS[kind]), cuts=16)
-    assert {f.check for f in found.problems} == {"mixing"} and "probabilities" in culprits(found, "mixing")
+    assert {f.check for f in found.problems} == {"blending"} and "probabilities" in culprits(found, "blending")
     assert all(f.status == "leak" and f.time and f.remedy for f in found.problems)
 
 
@@ -445,7 +446,7 @@ def test_a_mixing_of_earlier_folds_with_settled_labels_is_honest():
     settled = lambda walk, fold: (walk.fold < fold) & (walk.end_time <= walk.folds[fold - 1][2])
     found = audit(CANDLES, mixed_with(settled), cuts=16)
     assert found.clean, str(found)
-    assert [f.status for f in found.findings if f.check == "mixing"] == ["ok"]
+    assert [f.status for f in found.findings if f.check == "blending"] == ["ok"]
 
 
 # Honest pipelines

@@ -12,16 +12,17 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from xgboost import XGBModel
 
-from ml_ensemble.base_learners import NAMES, fit_learner, make_learners, predict_learner
+from ml_ensemble.base_learners import LEARNERS, fit_learner, make_learners, predict_learner
 from ml_ensemble.classifier import EnsembleClassifier
 from ml_ensemble.config import load_settings
 from ml_ensemble.core import ConfigError
-from ml_ensemble.learner_parameters import FIXED, accepted_names
-from ml_ensemble.retraining import champion_recipe, new_learners
+from ml_ensemble.learner_parameters import FIXED
+from ml_ensemble.recipe import new_learners
+from ml_ensemble.retraining import champion_recipe
 
 CONFIGURED = {name: {**values, "n_estimators": 8} for name, values in load_settings().learners.model_dump().items()}
-EMPTY = {name: {} for name in NAMES}
-FEW = {name: {"n_estimators": 8} for name in NAMES} | {"n_jobs": 1}
+EMPTY = {name: {} for name in LEARNERS}
+FEW = {name: {"n_estimators": 8} for name in LEARNERS} | {"n_jobs": 1}
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,7 @@ def test_a_typo_is_refused_wherever_parameters_are_given(layer, tmp_path, monkey
 def test_what_is_refused_for_the_model_file_would_break_it(rows):
     """Fitted against the check: the artefact would not predict as the learner does; so the reason given is true."""
     import onnxruntime
-    from ml_ensemble.training import to_onnx
+    from ml_ensemble.tree_graph import to_onnx
     breaking = {"lightgbm": [{"boosting_type": "rf"}, {"linear_tree": True}, {"sigmoid": 2.0}], "xgboost": [{"missing": 0.0}]}
     X, y = rows[0].copy(), rows[1]
     X[::5, 1] = 0
@@ -177,11 +178,11 @@ def test_set_params_takes_any_name_of_the_library(rows):
 
 def test_feature_importances_are_the_learners_shares_of_gain_blended_by_weight(rows):
     with pytest.raises(NotFittedError):
-        EnsembleClassifier().feature_importances_
+        _ = EnsembleClassifier().feature_importances_
     assert not hasattr(EnsembleClassifier(), "feature_importances_")
     X, y = rows
     model = EnsembleClassifier(**FEW, weights=(0.5, 0.2, 0.3)).fit(X, y)
-    lightgbm, xgboost, forest = (model.learners_[name] for name in NAMES)
+    lightgbm, xgboost, forest = (model.learners_[name] for name in LEARNERS)
     table, trees = lightgbm.booster_.trees_to_dataframe(), xgboost.get_booster().trees_to_dataframe()
     gains = [table.groupby("split_feature")["split_gain"].sum().reindex([f"Column_{k}" for k in range(4)]).fillna(0),
              trees[trees["Feature"] != "Leaf"].groupby("Feature")["Gain"].sum().reindex([f"f{k}" for k in range(4)]).fillna(0),

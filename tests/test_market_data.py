@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from ml_ensemble import core
 from ml_ensemble.candles import OHLCV, check_ohlcv, ohlcv_columns
 from ml_ensemble.feature_manager import FeatureManager
-from ml_ensemble.market_data import (REPAIRS, Market, best_skill, load_candles, ohlcv_schema, quality_table, read_times,
-                                     repair, simulate_market, tidy, true_probability, validate)
+from ml_ensemble.candle_schema import REPAIRS, ohlcv_schema, quality_table, read_times, repair, tidy, validate
+from ml_ensemble.market_data import Market, load_candles
+from ml_ensemble.sandbox import best_skill, simulate_market, true_probability
 
 BARS = 600
 CANDLES, TRUTH = simulate_market(bars=BARS, seed=1)
@@ -115,9 +116,9 @@ FAULTS = {   # what happens to the table -> the error, and what its message must
     "text": (change(7, "close", "n/a!"), core.ColumnTypeError, r"row 7 \(2022-01-02 04:00:00\): close is 'n/a!'"),
     "time": (change(9, "date", "soon"), core.TimestampError, "row 9: the time 'soon'"),
     "no time": (lambda t: t.drop(columns="date"), core.TimestampError, "among .*'open'.* date, timestamp, time"),
-    "two times": (lambda t: t.assign(Date=1), core.TimestampError, "'date' stands there 2 times"),
-    "no column": (lambda t: t.drop(columns="low"), core.MissingColumnError, "'low' stands there 0 times"),
-    "twice": (lambda t: t.assign(CLOSE=1.0), core.MissingColumnError, "'close' stands there 2 times"),
+    "two times": (lambda t: t.assign(Date=1), core.TimestampError, r"duplicate column 'date' \(2 occurrences\)"),
+    "no column": (lambda t: t.drop(columns="low"), core.MissingColumnError, "missing column 'low'"),
+    "twice": (lambda t: t.assign(CLOSE=1.0), core.MissingColumnError, r"duplicate column 'close' \(2 occurrences\)"),
     "empty": (lambda t: t.iloc[:0], core.EmptyDataError, "no rows"),
     "unsorted": (lambda t: t.iloc[[0, 1, 3, 2, *range(4, BARS)]], core.UnsortedError, r"row 3 \(2022-01-01 08:00:00\)"),
     "duplicate": (lambda t: t.iloc[[0, 1, 1, *range(2, BARS)]], core.DuplicateError, r"row 2 \(2022-01-01 04:00:00\)"),
@@ -127,7 +128,7 @@ FAULTS = {   # what happens to the table -> the error, and what its message must
     "negative": (change(13, "low", -1.0), core.NegativeValueError, "row 13 .*low is -1"),
     "volume": (change(13, "volume", -2.0), core.NegativeValueError, "row 13 .*volume is -2"),
     "high low": (change(14, "high", 1.0), core.HighLowError, "row 14 .*high 1 "),
-    "short": (lambda t: t.iloc[:499], core.TooShortError, "499 bars, the least is 500"),
+    "short": (lambda t: t.iloc[:499], core.TooShortError, "499 bars, the minimum is 500"),
 }
 
 

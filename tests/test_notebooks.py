@@ -1,5 +1,4 @@
 """Every notebook runs from top to bottom, as `nbdev_test` runs it; here beside the other tests, and with their coverage."""
-import os
 from pathlib import Path
 
 import pytest

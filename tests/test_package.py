@@ -17,8 +17,9 @@ from ml_ensemble.versioning import ModelStore
 from scratch import PYTHON, ROOT, clean_environment, copy_repository, run
 
 EXTRA = 'pip install "ml_ensemble[train]"'
+# Modules that import with numpy and onnxruntime alone.
 PRODUCTION = {"candles", "compiled_trees", "core", "custom_features", "ensemble", "entry_point", "feature_manager",
-              "indicators", "learner_parameters", "metrics", "model_file", "versioning"}   # modules that import with numpy and onnxruntime alone
+              "indicators", "inference", "learner_parameters", "live", "metrics", "model_file", "versioning"}
 SMALL = {f"ML_ENSEMBLE_{name}": value for name, value in {
     "DATA__DAYS": "100", "VALIDATION__N_SPLITS": "2", "EVALUATION__REPLICATIONS": "100", "AUDIT__CUTS": "1",
     **{f"LEARNERS__{name}__N_ESTIMATORS": "10" for name in ("LIGHTGBM", "XGBOOST", "RANDOM_FOREST")},
@@ -97,7 +98,7 @@ def test_the_wheel_holds_the_configuration_and_the_notebooks_that_commands_execu
     inside = zipfile.ZipFile(wheel)
     names = {name.removeprefix("ml_ensemble/") for name in inside.namelist() if name.startswith("ml_ensemble/")}
     core = {f"defaults/core/{path.name}" for path in (ROOT / "config/core").iterdir()}
-    assert {name for name in names if not name.endswith(".py")} == core | {"pages/weekly_retrain.ipynb", "pages/monitor.ipynb"}
+    assert {name for name in names if not name.endswith(".py")} == core | {"py.typed", "pages/weekly_retrain.ipynb", "pages/monitor.ipynb"}
     assert {name for name in names if name.endswith(".py")} == {path.name for path in (ROOT / "ml_ensemble").glob("*.py")}
     for name, source in (("defaults/core", "config/core"), ("pages", "nbs")):
         for path in (name_ for name_ in names if name_.startswith(name)):
@@ -143,17 +144,17 @@ def test_a_package_that_is_missing_later_ends_the_command_alike(monkeypatch, cap
     monkeypatch.setitem(sys.modules, "papermill", None)
     monkeypatch.setenv("ML_ENSEMBLE_MODELS", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["ml-ensemble", "retrain", "--json"])
-    assert command_line.run(as_json=True) == 2 and ModelStore(tmp_path).history() == []   # it was no run
+    assert command_line.run_command(as_json=True) == 2 and ModelStore(tmp_path).history() == []   # it was no run
     error = json.loads(capsys.readouterr().out)
     assert error["error"] == "MissingExtraError" and "'papermill'" in error["problem"] and EXTRA in error["remedy"]
 
 
 def test_every_module_and_name_imports_or_names_the_extra(bare):
-    seen = bare.python(f"""
+    seen = bare.python("""
 import importlib, json, pkgutil, sys
 import ml_ensemble
 from ml_ensemble import FeatureManager, ModelStore
-seen = {{}}
+seen = {}
 def attempt(name, call):
     try:
         call()

@@ -113,7 +113,8 @@ def test_the_top_level_holds_what_it_should():
     top = {name.split("/")[0] for name in tracked if name}
     assert {"nbs", "ml_ensemble", "settings.ini", "models", "config", "tests", ".github"} <= top
     assert top <= {"nbs", "ml_ensemble", "settings.ini", "models", "config", "tests", ".github", ".ci", "README.md",
-                   "LICENSE", "Makefile", "pyproject.toml", "requirements.lock", ".gitignore", ".gitattributes"}
+                   "LICENSE", "Makefile", "pyproject.toml", "requirements.lock", ".gitignore", ".gitattributes",
+                   ".pre-commit-config.yaml", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"}
     assert not [name for name in tracked if re.search(r"\.(pkl|onnx|feather|parquet|csv|joblib)$", name)]
     assert {f"models/{p}README.md" for p in ("", "production/", "training/", "archive/", "reports/")} <= set(tracked)
 

@@ -20,10 +20,11 @@ from ml_ensemble.config import load_settings
 from ml_ensemble.core import ConfigError, FeatureError, IntegrityError, RetrainError, sha256_hex
 from ml_ensemble.custom_features import load_custom
 from ml_ensemble.ensemble import restore_ensemble
-from ml_ensemble.market_data import simulate_market
+from ml_ensemble.sandbox import simulate_market
 from ml_ensemble.monitoring import diagnose
-from ml_ensemble.retraining import (compare_with_production, evaluate_mixed, get_market, get_training_set, mix_learners,
-                                    run_walk_forward)
+from ml_ensemble.recipe import blend_learners, training_set
+from ml_ensemble.recipe import out_of_fold
+from ml_ensemble.retraining import compare_with_production, evaluate_result, get_market
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,7 +137,7 @@ def test_the_metadata_answers_what_will_be_asked(trained):
     assert facts["backtest"]["model"]["probabilistic_sharpe"] > 0.95 and facts["money"]["net"] < facts["money"]["gross"]
     assert facts["label_economics"]["warning"] == "" and facts["configuration"]["labels"]["entry"] == "next_open"
     training = json.loads((store.root / "training/training_metadata.json").read_text())
-    for name, learner in training["learners"].items():
+    for learner in training["learners"].values():
         data = (store.root / "training" / learner["file"]).read_bytes()
         assert (learner["sha256"], learner["size_bytes"]) == (sha256_hex(data), len(data))
         assert hasattr(pickle.loads(data), "predict_proba") and learner["metrics"]["intervals"]["skill"]
@@ -146,15 +147,15 @@ def compared(store, *more):
     """Record, recipe and changes of meaning against production, as a retrain with these settings would find them."""
     settings = load_settings((*QUICK, *more))
     market = get_market(settings)
-    data = get_training_set(settings, market)
-    mixed = mix_learners(settings, run_walk_forward(settings, data, silent))
-    return compare_with_production(settings, market, data, mixed, store, silent)
+    data = training_set(settings, market.candles)
+    blended = blend_learners(settings, out_of_fold(settings, data, silent))
+    return compare_with_production(settings, market, data, blended, store, silent)
 
 
 def test_a_changed_recipe_is_held_against_the_champions_on_the_same_folds(trained, monkeypatch):
     store, first, _ = trained
     lived, unchanged, changes = compared(store)
-    assert unchanged.rows == 0 and unchanged.note == f"the recipe is that of champion {store.current()['version']}"
+    assert unchanged.rows == 0 and unchanged.note == f"same recipe as champion {store.current()['version']}"
     assert lived.rows == 0 and "no bar is newer" in lived.note and "more weeks" in lived.note and changes == []
     _, worse, _ = compared(store, "lightgbm.n_estimators=1", "xgboost.n_estimators=1", "random_forest.max_depth=1")
     assert worse.rows == first.metadata["metrics"]["metrics"]["samples"] and worse.high < 0
@@ -165,7 +166,7 @@ def test_a_changed_recipe_is_held_against_the_champions_on_the_same_folds(traine
     facts["configuration"]["learners"]["lightgbm"]["num_leaves"] = "many"
     monkeypatch.setattr("ml_ensemble.retraining.present_or_damaged", lambda store: facts)
     _, broken, _ = compared(store)
-    assert broken.rows == 0 and "cannot be run today" in broken.note
+    assert broken.rows == 0 and "with current code" in broken.note and "cannot run the recipe of champion" in broken.note
 
 
 def test_early_stopping_and_weights_reach_the_learners_and_are_told(trained):
@@ -173,16 +174,17 @@ def test_early_stopping_and_weights_reach_the_learners_and_are_told(trained):
     plain = {name: learner["parameters"]["n_estimators"] for name, learner in
              json.loads((store.root / "training/training_metadata.json").read_text())["learners"].items()}
     assert set(plain.values()) == {40}
-    settings = load_settings((*QUICK, "horizon=3", "labels.threshold=0.012", "learning_rate=0.3", "early_stopping=3", "class_weight=balanced",
+    settings = load_settings((*QUICK, "horizon=3", "labels.threshold=0.012", "learning_rate=0.3", "early_stopping=3",
+                              "class_weight=balanced",
                               "overlap_weight=true"))
-    data = get_training_set(settings, get_market(settings))
-    walk = run_walk_forward(settings, data, silent)
+    data = training_set(settings, get_market(settings).candles)
+    walk = out_of_fold(settings, data, silent)
     assert {name: learner.n_estimators < 40 for name, learner in walk.newest.items()} == {
         "lightgbm": True, "xgboost": True, "random_forest": False}
     raw = np.mean([p[:, 1].mean() for p in walk.proba.values()])
-    mixed = mix_learners(settings, walk).oos.proba[:, 1].mean()
+    blended = blend_learners(settings, walk).oos.proba[:, 1].mean()
     share = (walk.y == 1).mean()
-    assert raw - share > 0.1 and abs(mixed - share) < (raw - share) / 3            # balanced, and brought back
+    assert raw - share > 0.1 and abs(blended - share) < (raw - share) / 3            # balanced, and brought back
     with pytest.raises(ConfigError, match="class_weight is balanced"):
         load_settings(["class_weight=balanced", "calibration=none"])
 
@@ -216,8 +218,8 @@ def test_the_report_shows_every_step_and_stands_alone(trained):
     notebook = nbformat.read(first.report, 4)
     html = first.report.with_suffix(".html").read_text()
     titles = re.findall(r"^## (.+)$", "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown"), re.M)
-    assert titles == ["Settings", "Candles", "Features", "Labels", "Walk-forward", "Out-of-sample figures",
-                      "What the skill is made of", "Other views", "Leakage audit", "Candidate", "Verdict"]
+    assert titles == ["Settings", "Candles", "Features", "Labels", "Walk-forward", "Out-of-sample metrics",
+                      "Sources of skill", "Further analysis", "Leakage audit", "Candidate", "Verdict"]
     assert "The gate passes this candidate" in html and html.count("data:image/png;base64") >= 6
     assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=[\"']?(https?:)?//", html)
     assert not re.search(r"(import|from) [\"']https?:", html)
@@ -240,8 +242,8 @@ def test_rollback_brings_the_version_before_back(trained_copy, monkeypatch, sand
 
 def log_loss_with(*more) -> float:
     settings = load_settings((*TINY, *more))
-    walk = run_walk_forward(settings, get_training_set(settings, get_market(settings)), silent)
-    return evaluate_mixed(settings, mix_learners(settings, walk)).metrics["log_loss"]
+    walk = out_of_fold(settings, training_set(settings, get_market(settings).candles), silent)
+    return evaluate_result(settings, blend_learners(settings, walk)).metrics["log_loss"]
 
 
 def test_each_setting_takes_effect():

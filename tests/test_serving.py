@@ -19,7 +19,7 @@ import pytest
 from scratch import clean_environment, run
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 
-from ml_ensemble import FeatureManager, ProductionEnsemble, compiled_trees
+from ml_ensemble import FeatureManager, ProductionEnsemble, compiled_trees, inference
 from ml_ensemble import ensemble as serving
 from ml_ensemble.base_learners import make_learners
 from ml_ensemble.config import load_settings
@@ -28,13 +28,17 @@ from ml_ensemble.core import (ColumnTypeError, ConfigError, DuplicateError, Feat
                               NegativeValueError, StoreError, TimestampError, UnsafeModelError, UnsortedError,
                               ValidationError)
 from ml_ensemble.custom_features import custom_feature
-from ml_ensemble.ensemble import BatchGraph, Decision, restore_ensemble, run_graph
+from ml_ensemble.ensemble import restore_ensemble
+from ml_ensemble.inference import BatchGraph, decide_rows, range_violation, run_graph
+from ml_ensemble.live import Decision
 from ml_ensemble.indicators import COMPILE_FROM
 from ml_ensemble.labels import forward_return_labels
-from ml_ensemble.market_data import simulate_market
+from ml_ensemble.sandbox import simulate_market
 from ml_ensemble.model_file import read_payload
 from ml_ensemble.onnx_export import to_full_onnx
-from ml_ensemble.training import READERS, fit_all, make_ensemble, make_training_set, trained_proba
+from ml_ensemble.training import fit_all, make_ensemble, trained_proba
+from ml_ensemble.tree_graph import READERS
+from ml_ensemble.walk_forward import make_training_set
 from ml_ensemble.versioning import METADATA_FILE, MODEL_FILE
 
 SETTINGS = load_settings(["n_estimators=40", "learning_rate=0.05"])
@@ -131,7 +135,7 @@ def test_an_answer_does_not_depend_on_the_piece_or_the_thread_it_came_in(feature
         model = sandbox_ensemble(calibration=calibration)
         expected = model.predict_proba(features, threads=1)
         with monkeypatch.context() as patch:
-            patch.setattr(serving, "PIECE", piece)
+            patch.setattr(inference, "_CHUNK_ROWS", piece)
             assert model.predict_proba(features, threads=threads).tobytes() == expected.tobytes()
 
 
@@ -164,10 +168,10 @@ def dated(clock, **more):
 
 @pytest.mark.parametrize("time, clock, more, said", [
     (None, MADE + timedelta(days=14), {}, ""),
-    (None, MADE + timedelta(days=14, minutes=15), {}, "expired: 14.0 days since it was trained, the limit is 14"),
+    (None, MADE + timedelta(days=14, minutes=15), {}, "expired: 14.0 days since training, the limit is 14"),
     ("2025-09-13T20:00:00Z", MADE + timedelta(days=99), {}, ""),
-    ("2025-09-13T20:00:01Z", MADE, {}, "expired: 14.0 days since the newest bar it learned from, the limit is 14"),
-    ("2025-09-16T00:00:00Z", MADE, {"data": {}}, "expired: 15.0 days since it was trained, the limit is 14"),
+    ("2025-09-13T20:00:01Z", MADE, {}, "expired: 14.0 days since the newest training bar, the limit is 14"),
+    ("2025-09-16T00:00:00Z", MADE, {"data": {}}, "expired: 15.0 days since training, the limit is 14"),
     (None, MADE + timedelta(days=99), {"created_at": None}, "")])
 def test_a_model_grows_old_by_the_bars_it_sees_or_by_the_clock(features, time, clock, more, said):
     model, row = dated(clock, **more), features.iloc[100]
@@ -195,20 +199,20 @@ def test_age_and_margin_come_with_the_artefact(features):
 
 def test_every_column_has_limits_on_both_sides_and_they_are_inclusive():
     model = sandbox_ensemble()
-    names, limits = model._live.bundle.payload["view"], model._live.bundle.limits
+    names, limits = model._state.loaded.payload["view"], model._state.loaded.limits
     data, _ = sandbox_learned(2, 1)
     lowest, highest = (np.array(side) for side in zip(*limits))
     from ml_ensemble.feature_manager import scale_free
-    view = scale_free(data.features)
-    width = view.max(axis=0) - view.min(axis=0)
-    np.testing.assert_allclose(lowest, view.min(axis=0) - width, rtol=1e-6)
-    np.testing.assert_allclose(highest, view.max(axis=0) + width, rtol=1e-6)
+    inputs = scale_free(data.features)
+    width = inputs.max(axis=0) - inputs.min(axis=0)
+    np.testing.assert_allclose(lowest, inputs.min(axis=0) - width, rtol=1e-6)
+    np.testing.assert_allclose(highest, inputs.max(axis=0) + width, rtol=1e-6)
     for k, name in enumerate(names):
-        middle = view[100].copy()
+        middle = inputs[100].copy()
         for value, inside in ((lowest[k], True), (highest[k], True), (np.nextafter(lowest[k], -np.inf), False),
                               (np.nextafter(highest[k], np.inf), False), (np.nan, False)):
             middle[k] = value
-            told = serving.outside(model._live.bundle, middle)
+            told = range_violation(model._state.loaded, middle)
             assert (told == "") == inside and (inside or told.startswith(f"outside the training range: {name} is"))
 
 
@@ -268,7 +272,7 @@ def test_a_bar_out_of_time_is_a_named_error_and_leaves_the_stream_as_it_was(hour
 def test_a_market_that_closes_has_no_gaps_but_still_an_order(sp500, sp500_learned):
     data, learners = sp500_learned[2]
     model = make_ensemble(data, learners, WEIGHTS, 0.5).warm_up(sp500.iloc[:100])
-    assert model._live.bundle.manager.calendar == "sessions"
+    assert model._state.loaded.manager.calendar == "sessions"
     last = bars(sp500)[100]
     with pytest.raises(DuplicateError):
         model.decide(*last, time=sp500.index[99])
@@ -321,7 +325,7 @@ def test_rows_of_a_warm_up_are_told_from_rows_with_holes(model, features):
 
 @pytest.mark.parametrize("threads", [0, -1, 1.5, "2"])
 def test_threads_are_a_whole_number(model, features, threads):
-    with pytest.raises(ConfigError, match="the limit is 1"):
+    with pytest.raises(ConfigError, match="the minimum is 1"):
         model.predict_proba(features, threads=threads)
 
 
@@ -415,7 +419,7 @@ def test_only_an_ensemble_that_follows_production_reloads(store):
     version = store.promote(sandbox_ensemble().to_bytes(), {})["version"]
     by_path = ProductionEnsemble.load(store.production / MODEL_FILE)
     for pinned in (ProductionEnsemble(version, store=store), by_path, sandbox_ensemble()):
-        with pytest.raises(StoreError, match="holds on to one version"):
+        with pytest.raises(StoreError, match="fixed version"):
             pinned.reload_if_changed()
 
 
@@ -447,7 +451,7 @@ def test_80_000_decisions_on_8_threads_each_belong_to_one_version_through_50_swa
     rows = features.to_numpy()[60:260]
     even, still = (100.0, 101.0, 99.0, 100.0, 5.0), 3000
     expected, versions, files = {}, {}, [sandbox_ensemble(seed=seed) for seed in (1, 2)]
-    for which, file in enumerate(files):
+    for which in range(len(files)):
         single = sandbox_ensemble(seed=which + 1)
         settled = [single.decide(*even) for _ in range(still)]
         assert settled[-1] == settled[-1000] and not settled[-1].reason
@@ -492,7 +496,7 @@ model = ProductionEnsemble.load(sys.argv[1])
 bar = (100.0, 101.0, 99.0, 100.0, 5.0)
 for _ in range(100):
     model.decide(*bar)
-row = model._live.bundle.payload["canary"]["features"][0]
+row = model._state.loaded.payload["canary"]["features"][0]
 expected, done = model.predict_one(row), threading.Event()
 def busy():
     while not done.is_set():
@@ -513,7 +517,7 @@ for thread in threads: thread.join()
 
 inside, leave = threading.Event(), threading.Event()
 def hold():
-    with model._live.feed.lock:
+    with model._state.feed.lock:
         inside.set(); leave.wait()
 holder = threading.Thread(target=hold); holder.start(); inside.wait()
 child = os.fork()
@@ -543,7 +547,7 @@ from ml_ensemble import FeatureManager, ProductionEnsemble
 model = ProductionEnsemble()
 for k in range(60):
     answer = model.decide(100 + k % 7, 110, 90, 100 + k % 5, 5.0, time=datetime(2025, 9, 1, k // 4 % 24, k % 4 * 15))
-model.predict_one([float(v) for v in model._live.bundle.payload["canary"]["features"][0]])
+model.predict_one([float(v) for v in model._state.loaded.payload["canary"]["features"][0]])
 model.reload_if_changed(); model.get_model_info(); repr(model)
 print(json.dumps([answer.decision, sorted(sys.modules)]))
 """
@@ -557,15 +561,15 @@ print(json.dumps([answer.decision, sorted(sys.modules)]))
 # --- the artefact answers as the learners -----------------------------------------------------------------------------
 
 
-def rows_around_splits(learners, view, outputs, count, rng):
+def rows_around_splits(learners, inputs, outputs, count, rng):
     """Rows of the view, and rows placed on each split of each learner and one float32 step to either side."""
     splits = [(feature, threshold) for name, learner in learners.items() for tree in READERS[name](learner, outputs)
               for feature, threshold in zip(tree.feature, tree.threshold) if feature >= 0]
     on = np.repeat(np.array([float(threshold) for _, threshold in splits], dtype=np.float32), 3).reshape(-1, 3)
     on[:, 0], on[:, 2] = np.nextafter(on[:, 0], np.float32(-np.inf)), np.nextafter(on[:, 2], np.float32(np.inf))
-    placed = view[rng.integers(0, len(view), 3 * len(splits))]
+    placed = inputs[rng.integers(0, len(inputs), 3 * len(splits))]
     placed[np.arange(len(placed)), np.repeat([feature for feature, _ in splits], 3)] = on.ravel()
-    drawn = np.column_stack([rng.choice(view[:, column], count) for column in range(view.shape[1])])
+    drawn = np.column_stack([rng.choice(inputs[:, column], count) for column in range(inputs.shape[1])])
     return np.concatenate([placed, drawn])[:count], len(placed)
 
 
@@ -573,11 +577,11 @@ def rows_around_splits(learners, view, outputs, count, rng):
 def test_100_000_rows_also_on_and_beside_every_split_get_the_learners_probabilities(classes, calibration):
     data, learners = sandbox_learned(classes, 1)
     model = sandbox_ensemble(classes, calibration=calibration)
-    rows, placed = rows_around_splits(learners, data.view, 1 if classes == 2 else 3, 100_000, np.random.default_rng(5))
+    rows, placed = rows_around_splits(learners, data.inputs, 1 if classes == 2 else 3, 100_000, np.random.default_rng(5))
     assert len(rows) == 100_000 > placed > 3000
-    bundle = model._live.bundle
-    ours, batch = (run_graph(bundle, graph, rows) for graph in (bundle.graph, bundle.graph.for_rows(len(rows))))
-    assert batch.tobytes() == ours.tobytes() and bundle.graph.for_rows(1) is not bundle.graph      # compiled, same bits
+    loaded = model._state.loaded
+    ours, batch = (run_graph(loaded, graph, rows) for graph in (loaded.graph, loaded.graph.for_rows(len(rows))))
+    assert batch.tobytes() == ours.tobytes() and loaded.graph.for_rows(1) is not loaded.graph      # compiled, same bits
     theirs = trained_proba(learners, rows, WEIGHTS, CALIBRATIONS[calibration])
     assert np.abs(ours - theirs).max() < 1e-6
     if classes == 2:
@@ -585,17 +589,17 @@ def test_100_000_rows_also_on_and_beside_every_split_get_the_learners_probabilit
     else:
         ranked = np.sort(theirs, axis=1)
         clear = ranked[:, -1] - ranked[:, -2] > 2e-6
-    said = serving.decide_all(model._live.bundle, theirs)
-    assert (serving.decide_all(model._live.bundle, ours) == said)[clear].all()
+    said = decide_rows(model._state.loaded, theirs)
+    assert (decide_rows(model._state.loaded, ours) == said)[clear].all()
     assert clear.mean() > 0.999 and len(np.unique(said)) >= 2
 
 
 def test_compiled_trees_give_the_bits_of_decide_on_100_000_rows():
     data, learners = sandbox_learned(2, 1)
-    bundle = sandbox_ensemble(calibration="platt")._live.bundle
-    rows, _ = rows_around_splits(learners, data.view, 1, 100_000, np.random.default_rng(6))
-    batch = run_graph(bundle, bundle.graph.for_rows(len(rows)), rows)
-    one_by_one = np.concatenate([run_graph(bundle, bundle.graph, rows[row:row + 1]) for row in range(len(rows))])
+    loaded = sandbox_ensemble(calibration="platt")._state.loaded
+    rows, _ = rows_around_splits(learners, data.inputs, 1, 100_000, np.random.default_rng(6))
+    batch = run_graph(loaded, loaded.graph.for_rows(len(rows)), rows)
+    one_by_one = np.concatenate([run_graph(loaded, loaded.graph, rows[row:row + 1]) for row in range(len(rows))])
     assert batch.tobytes() == one_by_one.tobytes()
 
 
@@ -607,7 +611,7 @@ def test_many_rows_are_answered_alike_with_and_without_numba(monkeypatch):
         monkeypatch.setattr(compiled_trees, "compiled_loop", loop)
         model = sandbox_ensemble(calibration="platt")
         found.append(model.predict_proba(features))
-        assert isinstance(model._live.bundle.graph.for_rows(len(features)), BatchGraph) == (len(found) == 1)
+        assert isinstance(model._state.loaded.graph.for_rows(len(features)), BatchGraph) == (len(found) == 1)
     assert found[0].tobytes() == found[1].tobytes()
     assert [model.predict_one(row).probabilities for row in features[:100]] == [tuple(row) for row in found[0][:100].tolist()]
 
@@ -642,7 +646,7 @@ def test_labels_that_do_not_fit_are_named_errors(model, features):
     assert model.validate_predictions(features, labels)["skill"] is None           # one class only: there is no skill
     for wrong, told in ((labels[:-1], "2999"), (labels.astype(float).where(labels.index != labels.index[7]), "row 7"),
                         (labels + 2, "classes are"), (labels.astype(str), "classes are"),
-                        (labels.shift(freq="4h"), "another index"), (np.zeros((3000, 2), int), r"shape \(3000, 2\)")):
+                        (labels.shift(freq="4h"), "different indexes"), (np.zeros((3000, 2), int), r"shape \(3000, 2\)")):
         with pytest.raises(ValidationError, match=told):
             model.validate_predictions(features, wrong)
     with pytest.raises(ValidationError, match="abstains on all 49"):
@@ -667,7 +671,7 @@ def test_a_model_whose_metadata_has_unreadable_times_abstains(features, change):
     model = restore_ensemble(read_payload(sandbox_ensemble().to_bytes()), change)
     for time in (None, datetime(2025, 1, 1)):
         answer = model.predict_one(features.iloc[100], time=time)
-        assert answer.decision == "hold" and "is no time" in answer.reason and math.isnan(answer.probability)
+        assert answer.decision == "hold" and "is not a valid time" in answer.reason and math.isnan(answer.probability)
     assert np.isfinite(model.predict_proba(features)[49:]).all()
 
 
@@ -676,7 +680,7 @@ def test_the_exported_graph_takes_raw_features_and_equals_predict_proba(features
     raw[-30:, 2] = np.linspace(-3, 3, 30)                         # returns from far below to far above the known range
     for classes, calibration in ((2, "none"), (2, "platt"), (2, "isotonic"), (3, "none")):
         model = sandbox_ensemble(classes, calibration=calibration)
-        graph = to_full_onnx(model._live.bundle)
+        graph = to_full_onnx(model._state.loaded)
         onnx.checker.check_model(onnx.load_from_string(graph), full_check=True)
         proba, decision = onnxruntime.InferenceSession(graph).run(None, {"features": raw})
         expected = model.predict_proba(raw)
@@ -692,7 +696,7 @@ def test_the_exported_graph_passes_custom_features_through_and_tells_of_them():
     candles = simulate_market(1500, seed=3)[0]
     data, learners = learn(candles, manager=wide)
     model = make_ensemble(data, learners, WEIGHTS, 0.5)
-    session = onnxruntime.InferenceSession(to_full_onnx(model._live.bundle))
+    session = onnxruntime.InferenceSession(to_full_onnx(model._state.loaded))
     raw = data.features.to_numpy()
     assert session.get_inputs()[0].shape[1] == 13
     np.testing.assert_allclose(session.run(None, {"features": raw})[0], model.predict_proba(raw), atol=1e-6)
@@ -714,7 +718,7 @@ def told_rhythm():
 
 def test_bars_of_another_length_are_refused():
     model, candles = told_rhythm(), simulate_market(300, seed=8)[0]
-    with pytest.raises(GapError, match="480 minutes apart, those the model learned from 240"):
+    with pytest.raises(GapError, match="480 minutes apart, those of the training data 240"):
         model.warm_up(candles.iloc[::2])
     assert model.warm_up(candles.iloc[:200]).decide(*bars(candles)[200], time=candles.index[200]).reason == ""
 
@@ -723,7 +727,7 @@ def test_a_bar_without_a_time_counts_as_the_next_one():
     model, candles = told_rhythm(), simulate_market(300, seed=8)[0]
     rows, times = bars(candles), candles.index
     model.warm_up(candles.iloc[:200]).decide(*rows[200])
-    with pytest.raises(GapError, match="247 minutes after the bar before, the others 240"):
+    with pytest.raises(GapError, match="247 minutes after the bar before, the others are 240"):
         model.decide(*rows[201], time=times[201] + timedelta(minutes=7))
     assert model.decide(*rows[201], time=times[201]).reason == ""
 

@@ -7,15 +7,16 @@ from ml_ensemble.backtest import backtest
 from ml_ensemble.champion import Comparison
 from ml_ensemble.config import load_settings
 from ml_ensemble.labels import forward_return_labels, next_returns, triple_barrier_labels
-from ml_ensemble.market_data import simulate_market
-from ml_ensemble.quality_gate import Findings, judge
-from ml_ensemble.retraining import (evaluate_mixed, fit_candidate, get_market, get_training_set, importance, label_economics,
-                                    learner_evaluations, mix_learners, mixing_table, rarest_class, reach_verdict, run_audit,
-                                    run_backtest, run_money_bridge, run_skill_sources, run_walk_forward, stage,
-                                    trading_facts)
-from ml_ensemble.skill_sources import (SkillSources, above, money_bridge, plot_waterfall, use_of_probabilities,
+from ml_ensemble.sandbox import simulate_market
+from ml_ensemble.quality_gate import GateInput, judge
+from ml_ensemble.recipe import blend_learners, training_set
+from ml_ensemble.recipe import out_of_fold
+from ml_ensemble.retraining import (blend_table, evaluate_result, fit_candidate, get_market, importance,
+                                    label_economics, learner_evaluations, rarest_class, reach_verdict, run_audit,
+                                    run_backtest, run_money_bridge, run_skill_sources, stage, trading_facts)
+from ml_ensemble.skill_sources import (SkillSources, above_zero, money_bridge, plot_waterfall, use_of_probabilities,
                                        volatility_inputs)
-from ml_ensemble.spread import entry_delay, known_spread, rolling_spread, side_cost
+from ml_ensemble.trading_costs import entry_delay, known_spread, rolling_spread, side_cost
 from ml_ensemble.versioning import ModelStore
 
 pytestmark = pytest.mark.slow
@@ -27,9 +28,9 @@ silent = lambda text: None
 def prepared(*overrides):
     settings = load_settings([*SMALL, *overrides])
     market = get_market(settings)
-    data = get_training_set(settings, market)
-    walk = run_walk_forward(settings, data, silent)
-    return settings, market, data, walk, mix_learners(settings, walk)
+    data = training_set(settings, market.candles)
+    walk = out_of_fold(settings, data, silent)
+    return settings, market, data, walk, blend_learners(settings, walk)
 
 
 def sources_of(*overrides) -> SkillSources:
@@ -43,19 +44,19 @@ def bounce() -> SkillSources:
 
 def test_bounce_shows_as_skill_at_the_close_and_as_nothing_at_the_next_open(bounce):
     assert bounce.close[0] > 0.1 and bounce.close[1] > 0.1
-    assert bounce.entry[1] < 0 and bounce.entry[0] < 0.01 and not above(bounce.direction)
+    assert bounce.entry[1] < 0 and bounce.entry[0] < 0.01 and not above_zero(bounce.direction)
     assert "bid-ask bounce" in bounce.sentence() and "adds nothing" in bounce.sentence()
 
 
 def test_volatility_shows_as_skill_without_direction():
     found = sources_of("sandbox_strength=0", "sandbox_spread=0", "sandbox_clustering=0.8", "labels.threshold=0.015")
-    assert above(found.volatility) and above(found.entry) and not above(found.direction)
+    assert above_zero(found.volatility) and above_zero(found.entry) and not above_zero(found.direction)
     assert "volatility alone has" in found.sentence() and "adds nothing" in found.sentence()
 
 
 def test_a_planted_drift_shows_as_direction():
     found = sources_of("sandbox_strength=0.3")
-    assert above(found.direction) and found.direction[0] > 0.7 * found.entry[0] and "direction adds" in found.sentence()
+    assert above_zero(found.direction) and found.direction[0] > 0.7 * found.entry[0] and "direction adds" in found.sentence()
 
 
 def test_opens_that_repeat_a_bouncing_close_are_judged_one_bar_later(tmp_path):
@@ -63,13 +64,13 @@ def test_opens_that_repeat_a_bouncing_close_are_judged_one_bar_later(tmp_path):
     opens = candles["close"].shift(1).fillna(candles["open"])
     copied = candles.assign(open=opens, high=np.maximum(candles["high"], opens), low=np.minimum(candles["low"], opens))
     copied.to_csv(tmp_path / "copied.csv")
-    settings, market, data, walk, mixed = prepared(f"source=file:{tmp_path}/copied.csv")
-    found = run_skill_sources(settings, market, data, walk, mixed, silent)
-    assert found.delay == 1 and above(found.entry) and not above(found.direction)     # the entry is the close that decided
+    settings, market, data, walk, blended = prepared(f"source=file:{tmp_path}/copied.csv")
+    found = run_skill_sources(settings, market, data, walk, blended, silent)
+    assert found.delay == 1 and above_zero(found.entry) and not above_zero(found.direction)     # the entry is the close that decided
     assert "one bar later because opens repeat" in found.sentence()
     expected = (copied["open"].shift(-3) / copied["open"].shift(-2) - 1).loc[walk.time]
     np.testing.assert_allclose(walk.returns, expected)                                # money waits for that bar too
-    assert run_backtest(settings, walk, mixed).model.probabilistic_sharpe < 0.95
+    assert run_backtest(settings, walk, blended).model.probabilistic_sharpe < 0.95
 
 
 @pytest.mark.parametrize("planted", [0.001, 0.002, 0.004, 0.006, 0.008])
@@ -91,14 +92,14 @@ def test_the_spread_is_the_library_s_and_knows_no_future():
 
 
 def test_costs_are_those_that_were_known_when_the_fold_began():
-    settings, market, data, walk, mixed = prepared("sandbox_spread=0.004", "days=400")
+    settings, market, data, walk, blended = prepared("sandbox_spread=0.004", "days=400")
     spread = known_spread(market.candles)
     for number, (_, _, begin, _) in enumerate(walk.folds, start=1):
         assert set(walk.spread[walk.fold == number]) == {spread.loc[begin]}
-    result = run_backtest(settings, walk, mixed)
+    result = run_backtest(settings, walk, blended)
     late = walk.fold > 1
     assert result.cost == pytest.approx(side_cost(walk.spread[late], 0.0005, 0.0005).mean()) and result.cost > 0.002
-    again = backtest(walk.time[late], mixed.oos.decide(mixed.threshold)[late], walk.returns[late], 0.0)
+    again = backtest(walk.time[late], blended.oos.decide(blended.threshold)[late], walk.returns[late], 0.0)
     assert again.model.net_return > result.model.net_return
 
 
@@ -126,8 +127,8 @@ def test_the_volatility_forecaster_cannot_see_a_sign():
 
 
 def test_the_money_bridge_adds_up_to_the_backtest():
-    settings, market, data, walk, mixed = prepared("days=600", "sandbox_spread=0.002")
-    money, result = run_money_bridge(settings, market, walk, mixed), run_backtest(settings, walk, mixed)
+    settings, market, data, walk, blended = prepared("days=600", "sandbox_spread=0.002")
+    money, result = run_money_bridge(settings, market, walk, blended), run_backtest(settings, walk, blended)
     assert money.net == pytest.approx(money.gross - money.fee - money.spread)
     assert money.net == pytest.approx(result.model_returns.sum(), abs=0.002 * money.changes)   # cross terms of cost and return
     assert 0 <= money.buys_that_pay <= 1
@@ -166,19 +167,19 @@ CASES = {"stablecoin": (quiet(4300), (), "not enough evidence"), "stablecoin, th
 def test_a_verdict_comes_out_however_rare_a_class_is(candles, overrides, outcome, tmp_path):
     candles.to_csv(tmp_path / "candles.csv")
     tiny = ("n_estimators=12", "learning_rate=0.2", "replications=100", "n_splits=3")
-    settings, market, data, walk, mixed = prepared(*tiny, *overrides, f"source=file:{tmp_path}/candles.csv")
-    store, evaluation = ModelStore(tmp_path / "models"), evaluate_mixed(settings, mixed)
-    singles, sources = learner_evaluations(settings, walk), run_skill_sources(settings, market, data, walk, mixed, silent)
-    result, money = run_backtest(settings, walk, mixed), run_money_bridge(settings, market, walk, mixed)
+    settings, market, data, walk, blended = prepared(*tiny, *overrides, f"source=file:{tmp_path}/candles.csv")
+    store, evaluation = ModelStore(tmp_path / "models"), evaluate_result(settings, blended)
+    singles, sources = learner_evaluations(settings, walk), run_skill_sources(settings, market, data, walk, blended, silent)
+    result, money = run_backtest(settings, walk, blended), run_money_bridge(settings, market, walk, blended)
     economics, leakage = label_economics(settings, market, data), run_audit(settings, market, silent)
-    candidate = fit_candidate(settings, data, mixed.final, store, "run", silent)
-    verdict = reach_verdict(settings, market, data, walk, mixed, evaluation, sources, candidate, store, leakage, progress=silent)
+    candidate = fit_candidate(settings, data, blended.final, store, "run", silent)
+    verdict = reach_verdict(settings, market, data, walk, blended, evaluation, sources, candidate, store, leakage, progress=silent)
     assert outcome in (None, verdict.outcome), str(verdict)
     assert leakage.clean and np.isfinite(candidate.artefact["parity_error"])
     for shown in (sources, result, economics, verdict):
         assert shown._repr_markdown_()
-    plot_waterfall(sources, money), use_of_probabilities(sources, result), mixing_table(settings, walk)
-    importance(settings, data, walk, mixed)
+    plot_waterfall(sources, money), use_of_probabilities(sources, result), blend_table(settings, walk)
+    importance(settings, data, walk, blended)
     stage(settings, market, data, evaluation, singles, trading_facts(sources, result, money, economics), candidate, verdict,
           leakage, store, "run")
 
@@ -187,9 +188,9 @@ FINE = {"parity_error": 0.0, "size_mb": 1.0, "memory_mb": 1.0, "latency_ms": 0.1
 
 
 def verdict(*overrides):
-    settings, market, data, walk, mixed = prepared(*overrides)
-    sources = run_skill_sources(settings, market, data, walk, mixed, silent)
-    return judge(Findings(evaluate_mixed(settings, mixed), sources, run_backtest(settings, walk, mixed), len(data),
+    settings, market, data, walk, blended = prepared(*overrides)
+    sources = run_skill_sources(settings, market, data, walk, blended, silent)
+    return judge(GateInput(evaluate_result(settings, blended), sources, run_backtest(settings, walk, blended), len(data),
                           rarest_class(data, walk), Comparison(0), Comparison(0), FINE, []), settings.gate)
 
 
@@ -206,16 +207,16 @@ def test_the_gate_refuses_each_illusion(kind):
 
 def test_the_gate_passes_the_documented_market_and_warns_of_figures_too_good_for_a_market():
     passed = verdict()
-    assert passed.passed and "direction adds" in passed.summary and "drift of the sandbox is planted" in passed.summary
+    assert passed.passed and "direction adds" in passed.summary and "sandbox has a simulated drift" in passed.summary
 
 
 def test_where_no_buy_pays_the_money_is_shown_as_if_buys_were_free():
     candles, _ = simulate_market(600, seed=1)
-    settings, market, data, walk, mixed = prepared("days=300", "fee=0.05", "sandbox_strength=0")
-    assert set(mixed.oos.decide(mixed.threshold)[walk.fold > 1]) == {0}
-    free = run_money_bridge(settings, market, walk, mixed)
-    assert free.note == "as if they were free" and free.buys_that_pay == 0 and free.net < free.gross
-    assert run_backtest(settings, walk, mixed).model.probabilistic_sharpe == 0
+    settings, market, data, walk, blended = prepared("days=300", "fee=0.05", "sandbox_strength=0")
+    assert set(blended.oos.decide(blended.threshold)[walk.fold > 1]) == {0}
+    free = run_money_bridge(settings, market, walk, blended)
+    assert free.note == "decisions that ignore costs" and free.buys_that_pay == 0 and free.net < free.gross
+    assert run_backtest(settings, walk, blended).model.probabilistic_sharpe == 0
     late = walk.fold > 1
     nothing = money_bridge(market.candles, walk, late, np.zeros(len(walk.y)), np.full(len(walk.y), 0.001), 0.0005)
     assert (nothing.gross, nothing.net, nothing.changes, nothing.buys_that_pay) == (0, 0, 0, None)

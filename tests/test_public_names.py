@@ -1,0 +1,142 @@
+"""The public names of each module, and what public promises: one definition, a docstring, no surprise."""
+import ast
+import inspect
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# A name that joins or leaves a module's public names changes this list, on purpose and in review.
+PUBLIC = {
+    "backtest": "Backtest Performance backtest deflated_sharpe performance plot_equity",
+    "base_learners": """
+        Fitting LEARNERS MAX_PROBA class_shares encode fit_learner gain_shares make_learners predict_learner
+        with_every_class
+    """,
+    "blending": """
+        Blend BlendConfig BlendResult calibration_kind fit_blend fit_calibration learn_weights prob_of_true_class
+        select_greedily walk_forward_blend
+    """,
+    "candle_files": "read_candle_file",
+    "candle_schema": """
+        DataQuality REPAIRS REPEATED data_quality minute_text ohlcv_schema quality_table read_times repair
+        share_of_repeated_opens tidy validate
+    """,
+    "candles": """
+        CALENDARS MISSING_TIME NO_NUMBERS OHLCV PRICES Rule VALUE_RULES all_valid bar_interval bar_times check_ohlcv
+        fault_of moment_of ohlcv_columns ohlcv_rules price_columns
+    """,
+    "champion": """
+        Comparison ProductionRecord changed_meaning compare_recipes compare_with_record decision_settings meaning
+        production_periods production_record
+    """,
+    "classifier": "EnsembleClassifier",
+    "cli": "app audit_command backup check cli_main export history predict retrain_command rollback run_command",
+    "compiled_trees": "SplitGraph compiled_loop split_graph",
+    "config": """
+        AuditSettings DataSettings EnsembleSettings EvaluationSettings FeatureSettings GateSettings LabelSettings
+        LearnerSettings LearnersSettings LightGBMSettings ProductionSettings RandomForestSettings Section Settings
+        TradingSettings TrainingSettings ValidationSettings WeightSettings XGBoostSettings core_tree expand_override
+        leaf_paths load_settings
+    """,
+    "core": """
+        ColumnTypeError ConfigError DataError DuplicateError EmptyDataError FeatureError GapError HighLowError
+        InfiniteValueError IntegrityError LFSPointerError MLEnsembleError MissingColumnError MissingExtraError
+        MissingValueError ModelNotFoundError NegativeValueError NotATableError RetrainError StaleStoreError StoreError
+        TimestampError TooShortError UnsafeModelError UnsortedError ValidationError canonical_json core_file
+        find_project in_threads iso models_dir n_threads page_file project_root readable_json requires_extra sha256_hex
+        sync_directory usable_cpus utc_now version_id write_atomic
+    """,
+    "custom_features": "CustomFeature Window WindowBuffer custom_columns custom_feature load_custom",
+    "ensemble": "ProductionEnsemble canary_rows load_file metadata_beside restore_ensemble",
+    "entry_point": "main",
+    "evaluation": """
+        Evaluation baselines bootstrap_skills diebold_mariano evaluate intervals paired_skill_difference per_fold
+        permutation_importance plot_confusion plot_folds plot_importance plot_reliability plot_roc_pr
+        plot_skill_over_time row_metrics
+    """,
+    "feature_manager": """
+        ATR FEATURE_NAMES Feature FeatureManager FeatureStream INDICATOR_VERSION INPUT_NAMES check_order_file
+        input_names model_inputs_of scale_free scale_free_row
+    """,
+    "fleet": "judge_fleet",
+    "indicators": """
+        COMPILE_FROM MAX_NUMBER MIN_PRICE STATE WARMUP WINDOW compile_kernel compile_or_warn compiled compute feed
+        is_valid_bar new_memory new_state pays_to_compile read_only update_bar
+    """,
+    "inference": """
+        BatchGraph DAY_NS EPOCH ForkLock Graph LoadedModel calibrate decide_rows make_session open_payload predict_proba
+        predict_row range_limits range_violation run_graph single_row time_ns training_range warmup_reason
+    """,
+    "labels": "METHODS average_uniqueness forward_return_labels make_labels next_returns triple_barrier_labels",
+    "leakage_audit": """
+        AuditFinding AuditReport FoldResult OneFold Pipeline Rows audit check_causality check_entry check_shuffled
+        check_stream inputs_of join_rows project_pipeline view_bar_by_bar view_windows
+    """,
+    "learner_parameters": "FIXED accepted_names did_you_mean free_names learners_with own_name own_names",
+    "live": "CLASS_NAMES Decision LiveStream ServingState bar_interval_ns decide_bar decide_values",
+    "market_data": "Market load_candles",
+    "metrics": """
+        accuracy calibration_error confusion_matrix f1_scores macro_f1 matthews_correlation mean_roc_auc one_hot
+        precision_recall reliability_bins roc_auc row_brier row_log_loss skill_score weighted_f1
+    """,
+    "model_file": "CANARY_TOLERANCE FORMAT check_definition check_payload read_payload",
+    "monitoring": "Diagnosis HealthCheck diagnose plot_recent plot_versions send_alert version_table",
+    "onnx_export": "export_onnx load_with_custom to_full_onnx",
+    "plot_style": "BLUE GREY GRID INK ORANGE class_colour date_axis new_axes style_axes",
+    "quality_gate": "Criterion GateInput Verdict judge",
+    "recipe": """
+        blend_config blend_learners feature_manager fitting_options n_workers new_learners out_of_fold recipe_classes
+        recipe_labels recipe_splitter threshold_objective training_set
+    """,
+    "retraining": """
+        Candidate LabelEconomics RetrainResult blend_table champion_recipe compare_with_production ensemble_gain
+        evaluate_blend evaluate_result execute fit_candidate gain_sentence get_market importance label_balance
+        label_economics learner_evaluations learner_table rarest_class reach_verdict reachable_skill retrain run_audit
+        run_backtest run_money_bridge run_overrides run_skill_sources stage trading_facts
+    """,
+    "sandbox": "CLUSTERING QUOTED_SPREAD STRENGTH VOLATILITY bar_length best_skill signal simulate_market true_probability",
+    "skill_sources": """
+        Money SkillSources above_zero known_rows log_odds money_bridge plot_waterfall skill_sources stacked_loss
+        use_of_probabilities volatility_forecast volatility_inputs
+    """,
+    "trading_costs": "entry_delay known_spread net_returns plot_spread positions rolling_spread side_cost",
+    "training": "fit_all make_ensemble parity_error probe_artefact trained_proba verify_version",
+    "tree_graph": "READERS Tree to_onnx",
+    "validation": "CombinatorialPurgedSplit PurgedWalkForward assemble_paths block_edges index_ns walk_forward_splits",
+    "versioning": """
+        METADATA_FILE MODEL_FILE ModelStore archived install present_or_damaged read_archived read_bytes read_metadata
+        verify_bytes
+    """,
+    "walk_forward": """
+        Predictions TrainingSet WalkForwardResult check_class_labels check_probabilities is_complete make_training_set
+        walk_forward weighted_mean
+    """,
+}
+
+
+@pytest.mark.parametrize("module", sorted(PUBLIC))
+def test_a_module_exports_the_public_names_of_this_list(module):
+    assert sorted(import_module(f"ml_ensemble.{module}").__all__) == sorted(PUBLIC[module].split())
+
+
+def test_every_module_is_in_the_list():
+    assert {path.stem for path in (ROOT / "ml_ensemble").glob("*.py")} - {"__init__", "_modidx"} == set(PUBLIC)
+
+
+@pytest.mark.parametrize("module", sorted(PUBLIC))
+def test_every_public_class_and_function_has_a_docstring(module):
+    for name in PUBLIC[module].split():
+        thing = getattr(import_module(f"ml_ensemble.{module}"), name)
+        if inspect.isclass(thing) or inspect.isfunction(thing):
+            assert inspect.getdoc(thing), name
+
+
+def test_no_class_or_function_name_is_defined_in_two_modules():
+    places: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "ml_ensemble").glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                places.setdefault(node.name, []).append(path.stem)
+    assert {name: modules for name, modules in places.items() if len(modules) > 1} == {}
