@@ -184,7 +184,7 @@ def _production_stat(store: ModelStore) -> tuple | None:
     "Identity of the metadata file in production; changes with every promotion and rollback."
     try:
         found = os.stat(store.production / METADATA_FILE)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return found.st_ino, found.st_mtime_ns, found.st_size
 

@@ -48,7 +48,7 @@ def read_metadata(path: Path) -> dict:
     "Metadata as a dictionary with at least version, sequence and sha256, or a named error."
     try:
         metadata = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ModelNotFoundError(f"{path} is not there", "Run `ml-ensemble retrain` to make a first version, or set "
                                  "ML_ENSEMBLE_MODELS to the folder of another store.") from None
     except (OSError, ValueError) as error:

@@ -39,7 +39,7 @@ from ml_ensemble.onnx_export import to_full_onnx
 from ml_ensemble.training import fit_all, make_ensemble, trained_proba
 from ml_ensemble.tree_graph import READERS
 from ml_ensemble.walk_forward import make_training_set
-from ml_ensemble.versioning import METADATA_FILE, MODEL_FILE
+from ml_ensemble.versioning import METADATA_FILE, MODEL_FILE, ModelStore
 
 SETTINGS = load_settings(["n_estimators=40", "learning_rate=0.05"])
 WEIGHTS = SETTINGS.ensemble.weights.model_dump()
@@ -330,6 +330,12 @@ def test_threads_are_a_whole_number(model, features, threads):
 
 
 # --- following production ---------------------------------------------------------------------------------------------
+
+
+def test_a_file_where_the_models_should_be_is_a_named_error(tmp_path):
+    (tmp_path / "models").write_text("a file")
+    with pytest.raises(ModelNotFoundError, match="ML_ENSEMBLE_MODELS"):
+        ProductionEnsemble(store=ModelStore(tmp_path / "models"))
 
 
 def test_reload_swaps_version_and_keeps_the_stream(store):
