@@ -20,7 +20,7 @@ from .candle_schema import REPEATED, share_of_repeated_opens
 
 # %% ../nbs/31_trading_costs.ipynb #4ca69877
 _PRICES = ["open", "high", "low", "close"]
-_CERTAIN = 5.0     # standard errors above 0 from which a spread is believed where opens repeat closes
+_CERTAIN = 5.0     # standard errors above 0 from which a spread is accepted where opens repeat closes
 
 def _without_opens(candles: pd.DataFrame) -> pd.Series:
     "(T,) expanding estimate from closes, highs and lows alone; 0 where it is not clearly above 0."
@@ -71,7 +71,7 @@ def net_returns(position: np.ndarray, returns: np.ndarray, cost: float | np.ndar
 
 # %% ../nbs/31_trading_costs.ipynb #65b57f91
 def entry_delay(candles: pd.DataFrame) -> int:
-    "Bars that the verdict waits beyond the next open: 1 where opens repeat the close before and bounce shows, else 0."
+    "Bars that the entry is delayed beyond the next open: 1 where opens repeat the close before and bounce shows, else 0."
     return int(share_of_repeated_opens(candles) >= REPEATED and known_spread(candles).iloc[-1] > 0)
 
 # %% ../nbs/31_trading_costs.ipynb #c7b14dda
