@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, as `nbdev_test` runs it; here beside the other tests, and with their coverage."""
+"""Every notebook runs from top to bottom, as `nbdev_test` runs it."""
 from pathlib import Path
 
 import pytest
@@ -7,9 +7,15 @@ from nbdev.test import test_nb as run_notebook
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "nbs"
 
 
+# The code of a notebook's own cells is not the module's, and coverage doubles their time: only pages that run quickly and
+# use what tests do not are measured.
+MEASURED = {"features.ipynb", "monitor.ipynb"}
+
+
 @pytest.mark.slow
-@pytest.mark.no_cover                  # the code of a notebook's own cells is not the module's; coverage doubles their time
-@pytest.mark.parametrize("name", sorted(path.name for path in NOTEBOOKS.glob("[!_]*.ipynb")))
+@pytest.mark.parametrize("name", [
+    pytest.param(path.name, marks=() if path.name in MEASURED else pytest.mark.no_cover)
+    for path in sorted(NOTEBOOKS.glob("[!_]*.ipynb"))])
 def test_a_notebook_runs(name, tmp_path, monkeypatch, capfd, untraced):
     monkeypatch.setenv("ML_ENSEMBLE_MODELS", str(tmp_path / "models"))
     monkeypatch.setenv("MPLBACKEND", "agg")
