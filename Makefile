@@ -75,4 +75,4 @@ lock: .venv/.installed ## Resolve requirements.lock anew from pyproject.toml (ne
 	  --no-emit-package rfc3987-syntax --no-emit-package lark --upgrade --output-file requirements.lock
 
 clean: ## Remove .venv and caches
-	rm -rf .venv .coverage* .hypothesis .pytest_cache *.egg-info build
+	rm -rf .venv .coverage* .hypothesis .pytest_cache .mypy_cache .ruff_cache *.egg-info build dist
