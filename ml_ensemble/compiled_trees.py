@@ -112,6 +112,10 @@ def _leaf_table(nodes: _TreeNodes) -> _LeafTable | None:
 # %% ../nbs/12_compiled_trees.ipynb #29796a2a
 _BLOCK = 1024   # rows
 
+def _trailing_zeros(bits) -> int:
+    "Zero bits below the lowest set bit of a positive integer; compiled code has one processor instruction in its place."
+    return (int(bits) & -int(bits)).bit_length() - 1
+
 def _add_leaves(x, column, threshold, mask, split, start, value, every, alive, total):
     "Add a leaf of each tree to `total` (K, B) float32, for rows `x` (C, B) float32; `alive` (B,) like `mask` is overwritten."
     every = every[0]        # all bits, in the kind of the masks; mixed kinds would cost the vector instructions
@@ -123,13 +127,13 @@ def _add_leaves(x, column, threshold, mask, split, start, value, every, alive, t
                 alive[row] &= every if values[row] <= limit else others
         for output in range(len(total)):
             for row in range(len(alive)):
-                total[output, row] += value[start[tree] + trailing_zeros(alive[row]), output]  # noqa: F821
+                total[output, row] += value[start[tree] + _trailing_zeros(alive[row]), output]
 
 def _compile_loop(cached: bool) -> Callable:
     "`_add_leaves`, compiled by numba and run once for each kind of mask, so that whatever fails, fails here."
     from numba import njit
     from numba.cpython.unsafe.numbers import trailing_zeros
-    scope = {**globals(), "trailing_zeros": trailing_zeros}
+    scope = {**globals(), "_trailing_zeros": trailing_zeros}
     loop = njit(cache=cached, nogil=True)(FunctionType(_add_leaves.__code__, scope, "add_leaves"))
     none, edges, one = np.zeros(0, np.int32), np.zeros(2, np.int64), np.zeros((1, 1), np.float32)
     for kind in _MASKS:

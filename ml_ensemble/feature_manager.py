@@ -445,15 +445,14 @@ def _features_of_long_table(manager: FeatureManager, candles, by: str | None, th
 # %% ../nbs/04_feature_manager.ipynb #a075c732
 def _plot_feature(manager: FeatureManager, candles, feature: str, last: int = 120):
     "Plot a feature below its candles, for the newest `last` bars (matplotlib Figure)."
-    with requires_extra():
-        from matplotlib.figure import Figure
+    NotebookFigure = _notebook_figure()
     price_columns(candles)
     if feature not in manager.get_feature_names():
         raise FeatureError(f"there is no feature {feature!r}", f"Choose one of {', '.join(manager.get_feature_names())}.")
     if not isinstance(last, (int, np.integer)) or last < 1:
         raise ConfigError(f"last is {last!r}, the minimum is 1", "Pass a whole number of bars.")
     shown, values = candles.iloc[-last:], manager.generate_features(candles)[feature].iloc[-last:]
-    figure = Figure(figsize=(10, 5.5), dpi=110, layout="constrained")
+    figure = NotebookFigure(figsize=(10, 5.5), dpi=110, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     _draw_candles(above, shown)
     below.plot(np.arange(len(shown)), values.to_numpy(), color="#2a6f97", linewidth=1.4)
@@ -465,14 +464,19 @@ def _plot_feature(manager: FeatureManager, candles, feature: str, last: int = 12
         ax.grid(color="#e6e8eb", linewidth=0.7)
         ax.set_axisbelow(True)
     _name_times(below, shown.index)
-    figure._repr_png_ = lambda: _png_of(figure)  # type: ignore[attr-defined]  # displayed without %matplotlib inline
     return figure
 
-def _png_of(figure) -> bytes:
-    "Render a figure as PNG."
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+def _notebook_figure() -> type:
+    "A matplotlib Figure that a notebook displays without `%matplotlib inline` too."
+    with requires_extra():
+        from matplotlib.figure import Figure
+
+    class NotebookFigure(Figure):
+        def _repr_png_(self) -> bytes:
+            buffer = BytesIO()
+            self.savefig(buffer, format="png")
+            return buffer.getvalue()
+    return NotebookFigure
 
 # %% ../nbs/04_feature_manager.ipynb #fca781be
 def _draw_candles(ax, candles) -> None:
