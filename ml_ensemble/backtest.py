@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from .core import ValidationError, requires_extra
+from .core import MarkdownRepr, requires_extra, ValidationError
 
 with requires_extra():
     import pandas as pd
@@ -66,8 +66,8 @@ def performance(returns: np.ndarray, position: np.ndarray, per_year: float, tria
 # %% ../nbs/41_backtest.ipynb #1bd4cd35
 _MAX_SHARPE, _MAX_YEARLY = 8.0, 3.0   # above these limits the table contains a warning
 
-@dataclass(frozen=True, eq=False)
-class Backtest:
+@dataclass(frozen=True, eq=False, repr=False)
+class Backtest(MarkdownRepr):
     """Returns per bar of the model and of buy and hold, and their metrics; prints as a table."""
     time: pd.DatetimeIndex
     model_returns: np.ndarray

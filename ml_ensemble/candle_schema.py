@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from .candles import OHLCV, PRICES, Rule, bar_interval, fault_of, ohlcv_columns, ohlcv_rules
-from .core import (ColumnTypeError, ConfigError, DataError, EmptyDataError, GapError, NotATableError,
-                              TimestampError, TooShortError, requires_extra)
+from ml_ensemble.core import (
+    ColumnTypeError, ConfigError, DataError, EmptyDataError, GapError, MarkdownRepr, NotATableError,
+    TimestampError, TooShortError, requires_extra,
+)
 
 with requires_extra():
     import pandas as pd
@@ -180,8 +182,8 @@ def share_of_repeated_opens(candles: pd.DataFrame) -> float:
     opens, closes = (candles[name].to_numpy() for name in ("open", "close"))
     return float((opens[1:] == closes[:-1]).mean()) if len(candles) > 1 else 0.0
 
-@dataclass(frozen=True)
-class DataQuality:
+@dataclass(frozen=True, repr=False)
+class DataQuality(MarkdownRepr):
     """Number of candles, their period, and the result of each rule."""
     bars: int
     first: pd.Timestamp

@@ -10,7 +10,7 @@ __all__ = ['MLEnsembleError', 'ConfigError', 'DataError', 'FeatureError', 'Valid
            'LFSPointerError', 'UnsafeModelError', 'StaleStoreError', 'MissingExtraError', 'requires_extra',
            'canonical_json', 'readable_json', 'sha256_hex', 'sync_directory', 'write_atomic', 'utc_now', 'iso',
            'find_project', 'project_root', 'core_file', 'page_file', 'models_dir', 'version_id', 'usable_cpus',
-           'n_threads', 'in_threads']
+           'n_threads', 'in_threads', 'MarkdownRepr']
 
 # %% ../nbs/00_core.ipynb #dd71e0b3
 import hashlib
@@ -256,3 +256,13 @@ def in_threads(work: Callable, jobs: list[tuple], threads: int) -> Iterator:
         finally:
             for future in running:
                 future.cancel()
+
+# %% ../nbs/00_core.ipynb #3835cf0e
+class MarkdownRepr:
+    "Base of results that define `_repr_markdown_`: `repr` returns the same text. Dataclasses need `repr=False`."
+
+    def _repr_markdown_(self) -> str:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return self._repr_markdown_()

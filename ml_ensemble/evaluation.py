@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .core import ValidationError, iso, requires_extra
+from .core import iso, MarkdownRepr, requires_extra, ValidationError
 from .metrics import (accuracy, calibration_error, confusion_matrix, macro_f1, matthews_correlation, mean_roc_auc,
                                  one_hot, precision_recall, reliability_bins, roc_auc, row_brier, row_log_loss,
                                  skill_score, weighted_f1)
@@ -224,8 +224,8 @@ def _utc(moment: pd.Timestamp) -> str:
     return iso(moment if moment.tzinfo else moment.tz_localize("UTC"))
 
 # %% ../nbs/40_evaluation.ipynb #1c244bd9
-@dataclass(frozen=True, eq=False)
-class Evaluation:
+@dataclass(frozen=True, eq=False, repr=False)
+class Evaluation(MarkdownRepr):
     """Metrics, baselines, intervals and folds of one set of out-of-sample predictions; prints as a table."""
 
     metrics: dict[str, float | None]               # metric -> value

@@ -14,7 +14,7 @@ from functools import partial
 
 import numpy as np
 
-from .core import ValidationError, requires_extra
+from .core import MarkdownRepr, requires_extra, ValidationError
 
 with requires_extra():
     import pandas as pd
@@ -183,8 +183,8 @@ def _moment(time: pd.Timestamp) -> str:
     return f"{time:%Y-%m-%d %H:%M}"
 
 # %% ../nbs/45_leakage_audit.ipynb #f18fc4ed
-@dataclass(frozen=True)
-class AuditReport:
+@dataclass(frozen=True, repr=False)
+class AuditReport(MarkdownRepr):
     """Findings of all checks."""
     findings: tuple[AuditFinding, ...]
 

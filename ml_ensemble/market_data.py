@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from .candle_files import read_candle_file
 from .candle_schema import minute_text, repair, tidy, validate
 from .candles import OHLCV, bar_interval, ohlcv_columns
-from .core import ConfigError, requires_extra
+from .core import ConfigError, MarkdownRepr, requires_extra
 from .sandbox import CLUSTERING, QUOTED_SPREAD, STRENGTH, VOLATILITY, bar_length, simulate_market
 
 with requires_extra():
@@ -56,8 +56,8 @@ def _source_reader(
     return readers[kind]
 
 # %% ../nbs/25_market_data.ipynb #62325a80
-@dataclass(frozen=True)
-class Market:
+@dataclass(frozen=True, repr=False)
+class Market(MarkdownRepr):
     """Candles with their origin; `truth` only if the market is simulated."""
     candles: pd.DataFrame        # in the schema of `tidy`, validated
     source: str

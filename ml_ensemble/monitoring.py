@@ -14,7 +14,7 @@ from warnings import catch_warnings, simplefilter, warn
 
 import numpy as np
 
-from .core import MLEnsembleError, core_file, requires_extra
+from .core import core_file, MarkdownRepr, MLEnsembleError, requires_extra
 
 with requires_extra():
     import pandas as pd
@@ -56,8 +56,8 @@ class HealthCheck:
     seen: str
     remedy: str = ""
 
-@dataclass(frozen=True)
-class Diagnosis:
+@dataclass(frozen=True, repr=False)
+class Diagnosis(MarkdownRepr):
     """All findings of one diagnosis."""
     findings: tuple[HealthCheck, ...]
 

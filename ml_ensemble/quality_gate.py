@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from .core import requires_extra
+from .core import MarkdownRepr, requires_extra
 
 with requires_extra():
     from scipy.stats import norm
@@ -57,8 +57,8 @@ class Criterion:
 _MARKS = {"pass": "✓ pass", "fail": "✗ FAIL", "not enough evidence": "✗ too little data", "not applicable": "– not applicable"}
 
 # %% ../nbs/44_quality_gate.ipynb #e6fb3e02
-@dataclass(frozen=True)
-class Verdict:
+@dataclass(frozen=True, repr=False)
+class Verdict(MarkdownRepr):
     """The gate's verdict on one candidate."""
     criteria: tuple[Criterion, ...]
     summary: str = ""   # sources of the skill and trading result, in words

@@ -25,8 +25,10 @@ from warnings import warn
 
 import numpy as np
 
-from .core import (ConfigError, MissingExtraError, MLEnsembleError, RetrainError, core_file, find_project, iso, page_file,
-                              readable_json, requires_extra, sha256_hex, write_atomic)
+from ml_ensemble.core import (
+    ConfigError, MLEnsembleError, MarkdownRepr, MissingExtraError, RetrainError, core_file, find_project, iso,
+    page_file, readable_json, requires_extra, sha256_hex, write_atomic,
+)
 
 with requires_extra():
     import pandas as pd
@@ -90,8 +92,8 @@ def reachable_skill(settings: Settings, market: Market) -> str:
     return f"Skill is 1 - log loss / log loss of the training prior. The best reachable on these labels is {best:.3f}."
 
 # %% ../nbs/51_retraining.ipynb #7352caee
-@dataclass(frozen=True)
-class LabelEconomics:
+@dataclass(frozen=True, repr=False)
+class LabelEconomics(MarkdownRepr):
     """Returns of the buy labels compared with trading costs."""
     threshold: float
     side: float            # current cost of one change of position, as a share of the price

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from .core import ValidationError, requires_extra
+from .core import MarkdownRepr, requires_extra, ValidationError
 
 with requires_extra():
     import pandas as pd
@@ -112,8 +112,8 @@ def stacked_loss(
 # %% ../nbs/42_skill_sources.ipynb #d723bb56
 _SOURCES = ("close", "entry", "bounce", "volatility", "direction", "later")
 
-@dataclass(frozen=True)
-class SkillSources:
+@dataclass(frozen=True, repr=False)
+class SkillSources(MarkdownRepr):
     """Skill by source, each as (value, low, high) with the 95 % interval; prints as a table with a sentence."""
     rows: int
     close: tuple       # skill with labels from the deciding close

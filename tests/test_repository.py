@@ -88,6 +88,40 @@ def test_a_notebook_begins_with_title_and_promise_and_is_clean(path):
             assert output.output_type != "error"
 
 
+NOISE = {
+    "a memory address": r"\bat 0x[0-9a-f]{6,}",
+    "an ANSI code": "\x1b",
+    "a box of a console": "[╭╮╰╯┏┓┗┛┡┩│┃]",
+    "a number with 12 or more decimals": r"(?<![\w/.])-?\d*\.\d{12,}",
+    "the text of a figure": r"<Figure|Figure\(\d",
+    "a path of one machine": r"(?<![\w.])/(?:tmp|home|root|Users|work)/",
+    "an error": r"Traceback \(most recent call last\)",
+}
+
+
+def noise(output: dict) -> list[str]:
+    "Kinds of noise in one stored output of a cell."
+    data = output.get("data", {})
+    text = "\n".join([output.get("text", ""), *(data.get(kind, "") for kind in ("text/plain", "text/markdown", "text/html"))])
+    return [kind for kind, pattern in NOISE.items()
+            if re.search(pattern, text) and not (kind == "the text of a figure" and "image/png" in data)]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
+def test_stored_outputs_can_be_read_and_do_not_change_from_run_to_run(path):
+    outputs = [(cell.id, output) for cell in nbformat.read(path, 4).cells for output in cell.get("outputs", [])]
+    assert [(cell, kind) for cell, output in outputs for kind in noise(output)] == []
+
+
+@pytest.mark.parametrize("text, kind", [
+    ("<function scale_free at 0x7fdf3d30cfe0>", "a memory address"), ("\x1b[1;33mUsage:", "an ANSI code"),
+    ("╭─ Error ─", "a box of a console"), ("skill=0.5055945123456789", "a number with 12 or more decimals"),
+    ("<Figure size 990x308 with 1 Axes>", "the text of a figure"), ("file:/tmp/x.csv", "a path of one machine")])
+def test_noise_in_an_output_is_recognised(text, kind):
+    assert noise({"data": {"text/plain": text}}) == noise({"text": text}) == [kind]
+    assert noise({"data": {"text/plain": "<Figure size 990x308 with 1 Axes>", "image/png": "…"}}) == []
+
+
 @pytest.mark.parametrize("path", [path for path in PAGES if path.stem in ("weekly_retrain", "monitor", "benchmarks", "ablation", "tune",
                                                                      "gate_characteristics")],
                          ids=lambda path: path.stem)
