@@ -134,11 +134,10 @@ def backtest(
         raise ValidationError(f"cost is {cost.min():g} to {cost.max():g}, trials {trials}, horizon {horizon}",
                               "Use a cost from 0 to below 1, and trials and horizon of at least 1.")
     per_year = len(time) / ((time[-1] - time[0]) / pd.Timedelta(days=365.25)) * (1 - 1 / len(time))
-    results = []
-    for position, n_trials in ((positions(decisions, horizon), trials), (np.ones(len(time), dtype=int), 1)):
-        net = net_returns(position, np.asarray(returns), cost)
-        results += [net, performance(net, position, per_year, n_trials)]
-    return Backtest(time, results[0], results[2], results[1], results[3], float(cost.mean()), trials, caution)
+    position, hold = positions(decisions, horizon), np.ones(len(time), dtype=int)
+    model_returns, hold_returns = (net_returns(held, np.asarray(returns), cost) for held in (position, hold))
+    return Backtest(time, model_returns, hold_returns, performance(model_returns, position, per_year, trials),
+                    performance(hold_returns, hold, per_year, 1), float(cost.mean()), trials, caution)
 
 # %% ../nbs/41_backtest.ipynb #2f1af4de
 def plot_equity(result: Backtest, ax: Axes | None = None) -> Axes:

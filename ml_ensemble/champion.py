@@ -36,7 +36,7 @@ class Comparison:
     weeks_needed: float | None = None   # weeks until there are enough rows, at the current rate
 
 # %% ../nbs/43_champion.ipynb #0e3630de
-def meaning(data: dict, fingerprint: str, classes: list[int]) -> dict:
+def meaning(data: dict, fingerprint: str | None, classes: list[int]) -> dict:
     "Settings that define what a decision means: labels, market, bar, features; `data` as in a version's metadata."
     labels = {"entry": "close"} | _mapping(data.get("labels"))
     return {**{f"labels.{name}": labels[name] for name in sorted(labels)}, "market": data.get("source"),
@@ -112,7 +112,7 @@ def production_periods(
     newest: pd.Timestamp,   # newest available bar
 ) -> list[_Period]:         # oldest first, without overlap
     "Periods with the version in production."
-    periods = []
+    periods: list[_Period] = []
     for event in _changes(store):
         facts, learned = _facts(store, event["version"])
         start = _effect(event, learned, periods[-1].start if periods else _EARLIEST, _in_utc(newest))

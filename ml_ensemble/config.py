@@ -204,7 +204,8 @@ def _with_own_names(tree: dict) -> dict:
 
 def _parsed(learner: str, name: str, value):
     "Parse a text from the environment as YAML; leave fields with a declared type to pydantic."
-    if not isinstance(value, str) or name in LearnersSettings.model_fields[learner].annotation.model_fields:
+    declared = LearnersSettings.model_fields[learner].annotation
+    if not isinstance(value, str) or name in getattr(declared, "model_fields", {}):
         return value
     try:
         return yaml.safe_load(value)

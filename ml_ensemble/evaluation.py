@@ -30,12 +30,12 @@ with requires_extra():
     from sklearn.metrics import precision_recall_curve, roc_curve
 
 # %% ../nbs/40_evaluation.ipynb #951c8723
-def _finite(value: float) -> float | None:
+def _finite(value: float | np.ndarray | None) -> float | None:
     "A Python float, or None if the value is undefined."
     return float(value) if value is not None and np.isfinite(value) else None
 
 def _decision_figures(y: np.ndarray, predicted: np.ndarray, classes: Sequence[int]) -> dict[str, float | None]:
-    "Metrics computed from labels without probabilities."
+    "Metrics computed from labels without probabilities; None if undefined."
     cells = confusion_matrix(y, predicted, classes)
     return {"mcc": _finite(matthews_correlation(cells)), "accuracy": _finite(accuracy(cells)),
             "weighted_f1": _finite(weighted_f1(cells)), "macro_f1": _finite(macro_f1(cells))}
@@ -58,12 +58,12 @@ def row_metrics(
     for name, values in (("proba", proba), ("prior", prior)):
         check_probabilities(name, values, len(y), classes)
     loss, prior_loss = (row_log_loss(y, p, classes).mean() for p in (proba, prior))
-    decided, majority = (_decision_figures(y, labels, classes) for labels in (predicted, _majority(prior, classes)))
-    precision, recall = (of[list(classes).index(1)] for of in precision_recall(confusion_matrix(y, predicted, classes)))
+    cells, majority = (confusion_matrix(y, labels, classes) for labels in (predicted, _majority(prior, classes)))
+    precision, recall = (of[list(classes).index(1)] for of in precision_recall(cells))
     figures = {
         "log_loss": loss, "skill": skill_score(loss, prior_loss), "brier": row_brier(y, proba, classes).mean(),
-        "auc": mean_roc_auc(y, proba, classes), **decided,
-        "weighted_f1_minus_majority": decided["weighted_f1"] - majority["weighted_f1"],
+        "auc": mean_roc_auc(y, proba, classes), **_decision_figures(y, predicted, classes),
+        "weighted_f1_minus_majority": weighted_f1(cells) - weighted_f1(majority),
         "precision": precision, "recall": recall, "calibration_error": calibration_error(y, proba, classes)}
     return {"samples": len(y)} | {name: _finite(value) for name, value in figures.items()}
 
@@ -195,7 +195,7 @@ def per_fold(
     predicted: np.ndarray,  # (N,) int decisions
 ) -> pd.DataFrame:          # one row per fold; positive_share is the share of class 1
     "Skill and weighted F1 of each walk-forward fold, with the weighted F1 of the majority baseline."
-    rows = []
+    rows, majority = [], _majority(oos.prior, oos.classes)
     for fold in np.unique(oos.fold):
         part = oos.fold == fold
         figures = row_metrics(oos.y[part], oos.proba[part], oos.prior[part], predicted[part], oos.classes)
@@ -203,7 +203,7 @@ def per_fold(
             "fold": int(fold), "start": oos.time[part][0], "end": oos.time[part][-1], "samples": figures["samples"],
             "positive_share": float((oos.y[part] == 1).mean()), "skill": figures["skill"],
             "weighted_f1": figures["weighted_f1"],
-            "majority_weighted_f1": figures["weighted_f1"] - figures["weighted_f1_minus_majority"]})
+            "majority_weighted_f1": _finite(weighted_f1(confusion_matrix(oos.y[part], majority[part], oos.classes)))})
     return pd.DataFrame(rows)
 
 # %% ../nbs/40_evaluation.ipynb #8ae1f77e
@@ -336,7 +336,7 @@ def plot_skill_over_time(oos: Predictions, window: int = 500, ax: Axes | None = 
     ax, window = new_axes(ax, 9, 3.4), min(window, len(oos.y))
     model, prior = (pd.Series(row_log_loss(oos.y, p, oos.classes), oos.time).rolling(window).mean().dropna()
                     for p in (oos.proba, oos.prior))
-    skill = skill_score(model, prior)
+    skill = pd.Series(skill_score(model, prior), model.index)
     ax.fill_between(skill.index, skill, 0, where=skill >= 0, color=BLUE, alpha=0.15, linewidth=0, interpolate=True)
     ax.fill_between(skill.index, skill, 0, where=skill < 0, color=ORANGE, alpha=0.25, linewidth=0, interpolate=True)
     ax.plot(skill.index, skill, color=BLUE, linewidth=1.4)

@@ -9,8 +9,9 @@ __all__ = ['Rows', 'FoldResult', 'join_rows', 'Pipeline', 'OneFold', 'view_windo
 
 # %% ../nbs/45_leakage_audit.ipynb #72acb1c1
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -42,9 +43,9 @@ class Rows:
     classes: tuple[int, ...] | None = None   # possible labels; None: those that occur
 
     @property
-    def known(self) -> np.ndarray:
+    def known(self) -> tuple[int, ...]:
         "The classes in increasing order."
-        return np.unique(self.y) if self.classes is None else np.asarray(self.classes)
+        return tuple(np.unique(self.y).tolist()) if self.classes is None else self.classes
 
 @dataclass(frozen=True)
 class FoldResult:
@@ -97,7 +98,7 @@ class Pipeline:
     """
     features: Callable[[pd.DataFrame], pd.DataFrame]
     labels: Callable[[pd.DataFrame], pd.DataFrame]
-    splitter: object
+    splitter: Any
     fit_predict: Callable[[Rows, np.ndarray, np.ndarray], FoldResult | np.ndarray]
     warmup: int | dict[str, int]
     settle: int | None
@@ -169,12 +170,13 @@ class AuditFinding:
     status: str        # ok, leak, suspicious or skipped
     culprit: str       # source of the leak: column, fold or function; empty if there is none
     evidence: str      # observation, with its numbers
+    _: KW_ONLY
     remedy: str = ""
     time: str = ""     # first affected bar
     figures: dict = field(default_factory=dict)  # JSON-safe
 
     @property
-    def sound(self) -> bool:
+    def passed(self) -> bool:
         "True if no manual check is needed."
         return self.status in ("ok", "skipped")
 
@@ -191,7 +193,7 @@ class AuditReport(MarkdownRepr):
     @property
     def problems(self) -> list[AuditFinding]:
         "Findings that are a leak or suspicious."
-        return [finding for finding in self.findings if not finding.sound]
+        return [finding for finding in self.findings if not finding.passed]
 
     @property
     def clean(self) -> bool:
@@ -297,8 +299,8 @@ def _look_ahead(changes: list[_Change], tried: int, bars: int) -> list[AuditFind
         ahead, first = max(change.ahead for change in mine), min(mine, key=lambda change: change.time)
         evidence = (f"changed at {len(mine)} of {tried} cuts although only later bars were altered, up to {ahead} bars "
                     f"before the first altered bar; {_moment(first.time)}: {first.before:.6g} became {first.after:.6g}")
-        findings.append(AuditFinding("causality", "leak", column, evidence, far if ahead > bars // 4 else near,
-                                     _moment(first.time), {"cuts": tried, "changed": len(mine), "ahead": ahead}))
+        findings.append(AuditFinding("causality", "leak", column, evidence, remedy=far if ahead > bars // 4 else near,
+                                     time=_moment(first.time), figures={"cuts": tried, "changed": len(mine), "ahead": ahead}))
     return findings
 
 def check_causality(pipeline: Pipeline, candles: pd.DataFrame, cuts: int, rng: np.random.Generator) -> list[AuditFinding]:
@@ -317,7 +319,7 @@ def check_stream(pipeline: Pipeline, candles: pd.DataFrame, table: pd.DataFrame)
         first = _moment(table.index[wrong[:, k].argmax()])
         evidence = f"differs from the stream at {wrong[:, k].sum()} of {len(table)} bars, first {first}"
         findings.append(AuditFinding("bar by bar", "leak", table.columns[k], evidence,
-                                     "Compute the table with the code of the stream.", first))
+                                     remedy="Compute the table with the code of the stream.", time=first))
     return findings or [AuditFinding("bar by bar", "ok", "", f"equal to the stream at each of {len(table)} bars")]
 
 # %% ../nbs/45_leakage_audit.ipynb #c5e3c1ef
@@ -354,9 +356,9 @@ def _filled_columns(parts: list[pd.DataFrame], windows: dict[str, int]) -> list[
             first = early[0][column].first_valid_index()
             evidence = (f"has a value {early[0].index.get_loc(first)} bars after the start of a history, but needs "
                         f"{window}; {_moment(first)}: {early[0].at[first, column]:.6g}")
-            findings.append(AuditFinding("warm-up", "leak", column, evidence, "Keep the warm-up NaN: no bfill, no "
-                                         "fillna, min_periods equal to the window.", _moment(first),
-                                         {"window": window}))
+            findings.append(AuditFinding("warm-up", "leak", column, evidence, remedy="Keep the warm-up NaN: no bfill, no "
+                                         "fillna, min_periods equal to the window.", time=_moment(first),
+                                         figures={"window": window}))
     return findings
 
 # %% ../nbs/45_leakage_audit.ipynb #d405b24c
@@ -371,9 +373,9 @@ def _unsettled_columns(parts: list[pd.DataFrame], table: pd.DataFrame, settle: i
         first, worst = errors.index[(errors[column] > _AGREE).argmax()], float(errors[column].max())
         evidence = (f"{settle} bars after the start it still depends on the start: difference of {worst:.3g} standard "
                     f"deviations, the limit is {_AGREE:g}; first {_moment(first)}")
-        findings.append(AuditFinding("warm-up", "suspicious", column, evidence, "Use a window, or declare settle=None "
-                                     "and trade from the same first bar as in training.", _moment(first),
-                                     {"deviations": min(worst, 1e9), "limit": _AGREE}))
+        findings.append(AuditFinding("warm-up", "suspicious", column, evidence, remedy="Use a window, or declare settle=None "
+                                     "and trade from the same first bar as in training.", time=_moment(first),
+                                     figures={"deviations": min(worst, 1e9), "limit": _AGREE}))
     return findings
 
 # %% ../nbs/45_leakage_audit.ipynb #702f53d8
@@ -395,9 +397,9 @@ def _check_labels(pipeline: Pipeline, candles: pd.DataFrame, labels: pd.DataFram
         return [AuditFinding("labels", "ok", "", f"no label depends on bars after its end, at {len(cuts)} cuts")]
     evidence = (f"labels changed at {changed} of {len(cuts)} cuts, up to {share:.1%} of the labels, although only bars "
                 f"after their end were altered; first {_moment(first)}")
-    return [AuditFinding("labels", "leak", "label", evidence, "Set end_time to the last bar that a label uses; compute "
-                         "thresholds from past bars only, and do not fill.", _moment(first),
-                         {"cuts": len(cuts), "changed": changed, "share": float(share)})]
+    return [AuditFinding("labels", "leak", "label", evidence, remedy="Set end_time to the last bar that a label uses; compute "
+                         "thresholds from past bars only, and do not fill.", time=_moment(first),
+                         figures={"cuts": len(cuts), "changed": changed, "share": float(share)})]
 
 # %% ../nbs/45_leakage_audit.ipynb #e9a00002
 _JUMPS = (1.5, 1 / 1.5)
@@ -430,7 +432,7 @@ def check_entry(pipeline: Pipeline, candles: pd.DataFrame, rng: np.random.Genera
     close = lambda a, b: np.isclose(a, b, rtol=1e-9, atol=1e-12, equal_nan=True)
     early = _early_rows(pipeline.returns, candles, cuts, close)
     findings += _entry_finding("backtest", early, cuts, "Fill at the open of the next bar.")
-    return findings + _extremes_finding(pipeline, candles)
+    return findings + _extremes_finding(pipeline.returns, candles)
 
 # %% ../nbs/45_leakage_audit.ipynb #e9a00003
 _ENTRY_CUTS = 40
@@ -441,21 +443,21 @@ def _entry_finding(culprit: str, early: list[pd.Timestamp], cuts: np.ndarray, re
         return [AuditFinding("entry price", "ok", culprit, f"starts after the deciding bar, at {len(cuts)} cuts")]
     evidence = (f"changed at {len(early)} of {len(cuts)} cuts when prices up to the deciding bar were scaled: it "
                 f"starts at a price that was no longer tradable; first {_moment(early[0])}")
-    return [AuditFinding("entry price", "leak", culprit, evidence, remedy, _moment(early[0]),
-                         {"cuts": len(cuts), "changed": len(early)})]
+    return [AuditFinding("entry price", "leak", culprit, evidence, remedy=remedy, time=_moment(early[0]),
+                         figures={"cuts": len(cuts), "changed": len(early)})]
 
-def _extremes_finding(pipeline: Pipeline, candles: pd.DataFrame) -> list[AuditFinding]:
+def _extremes_finding(returns: Callable, candles: pd.DataFrame) -> list[AuditFinding]:
     "Finding if backtest returns depend on highs or lows."
     wider = candles.assign(high=candles["high"] * 1.01, low=candles["low"] / 1.01)
-    before, after = pipeline.returns(candles), pipeline.returns(wider)
+    before, after = returns(candles), returns(wider)
     wrong = ~np.isclose(before, after, rtol=1e-9, atol=1e-12, equal_nan=True)
     if not wrong.any():
         return []
     first = _moment(before.index[wrong.argmax()])
     return [AuditFinding("entry price", "leak", "backtest",
                          f"{wrong.sum()} returns are filled at a high or a low, first {first}",
-                         "Fill at an open: an order cannot be filled at the extreme of a bar.", first,
-                         {"rows": int(wrong.sum())})]
+                         remedy="Fill at an open: an order cannot be filled at the extreme of a bar.", time=first,
+                         figures={"rows": int(wrong.sum())})]
 
 # %% ../nbs/45_leakage_audit.ipynb #87f57423
 def _spans(rows: Rows, test: np.ndarray) -> list[tuple[int, int]]:
@@ -479,9 +481,9 @@ def _check_overlap(rows: Rows, folds: list) -> list[AuditFinding]:
         if len(wrong):
             first = _moment(rows.X.index[wrong.min()])
             evidence = f"{len(wrong)} of {len(train)} training labels overlap with the test part, first {first}"
-            findings.append(AuditFinding("label overlap", "leak", f"fold {number}", evidence, "Split with "
-                                         "PurgedWalkForward and pass the end times as groups.", first,
-                                         {"rows": len(wrong)}))
+            findings.append(AuditFinding("label overlap", "leak", f"fold {number}", evidence, remedy="Split with "
+                                         "PurgedWalkForward and pass the end times as groups.", time=first,
+                                         figures={"rows": len(wrong)}))
     evidence = f"no training label overlaps with the test part, in {len(folds)} folds"
     return findings or [AuditFinding("label overlap", "ok", "", evidence)]
 
@@ -504,8 +506,8 @@ def _check_duplicates(rows: Rows, folds: list) -> list[AuditFinding]:
         if len(wrong):
             first = _moment(rows.X.index[wrong.min()])
             evidence = f"{len(wrong)} of {len(test)} test rows have a duplicate in the training part, first {first}"
-            findings.append(AuditFinding("duplicate rows", "leak", f"fold {number}", evidence, "Split first; repeat or "
-                                         "resample rows only within the training part.", first, {"rows": len(wrong)}))
+            findings.append(AuditFinding("duplicate rows", "leak", f"fold {number}", evidence, remedy="Split first; repeat or "
+                                         "resample rows only within the training part.", time=first, figures={"rows": len(wrong)}))
     return findings or [AuditFinding("duplicate rows", "ok", "",
                                      f"no duplicates in training and test parts, in {len(folds)} folds")]
 
@@ -515,17 +517,17 @@ def _run_fold(pipeline: Pipeline, rows: Rows, train: np.ndarray, test: np.ndarra
     result = pipeline.fit_predict(rows, train, test)
     return result if isinstance(result, FoldResult) else FoldResult(np.asarray(result))
 
-def _spoiled(rows: Rows, train: np.ndarray, probes: np.ndarray, rng: np.random.Generator) -> dict[str, Rows]:
+def _altered_outside_training(rows: Rows, train: np.ndarray, probes: np.ndarray, rng: np.random.Generator) -> dict[str, Rows]:
     "Copies of the rows with altered features or labels outside the training part; probes keep their features."
     outside = np.ones(len(rows.y), dtype=bool)
     outside[train] = False
-    X, y, classes = rows.X.copy(), rows.y.copy(), rows.known
+    X, y, classes = rows.X.copy(), rows.y.copy(), np.asarray(rows.known)
     hidden = np.flatnonzero(outside & ~np.isin(np.arange(len(y)), probes))
     X.iloc[hidden] = 1e30 * rng.choice([-1.0, 1.0], (len(hidden), X.shape[1]))
     y[outside] = classes[(np.searchsorted(classes, y[outside]) + 1) % len(classes)]
     return {"features": replace(rows, X=X), "labels": replace(rows, y=y)}
 
-def _moved(before: FoldResult, after: FoldResult, probes: np.ndarray) -> list[str]:
+def _differences(before: FoldResult, after: FoldResult, probes: np.ndarray) -> list[str]:
     "Names of differences between two results: keys of `fitted`, and `decision` and `probabilities` of the probes."
     def same(a, b):
         a, b = np.asarray(a), np.asarray(b)
@@ -533,7 +535,8 @@ def _moved(before: FoldResult, after: FoldResult, probes: np.ndarray) -> list[st
         return a.shape == b.shape and (np.allclose(a, b, rtol=1e-9, atol=1e-12, equal_nan=True) if numeric
                                        else bool((a == b).all()))
     names = [name for name in before.fitted if not same(before.fitted[name], after.fitted.get(name, ()))]
-    if before.decision is not None and not same(before.decision[probes], after.decision[probes]):
+    if before.decision is not None and (after.decision is None or
+                                        not same(before.decision[probes], after.decision[probes])):
         names.append("decision")
     return names + ([] if same(before.proba[probes], after.proba[probes]) else ["probabilities"])
 
@@ -541,11 +544,12 @@ def _moved(before: FoldResult, after: FoldResult, probes: np.ndarray) -> list[st
 def _check_fit_window(pipeline: Pipeline, rows: Rows, folds: list, rng: np.random.Generator) -> list[AuditFinding]:
     "Check that nothing fitted depends on rows outside the training part."
     train, test = folds[0]
-    probes, changed = np.arange(0, len(test), 4), {}
+    probes = np.arange(0, len(test), 4)
+    changed: dict[str, list[str]] = {}
     before = _run_fold(pipeline, rows, train, test)
-    for part, other in _spoiled(rows, train, test[probes], rng).items():
+    for part, other in _altered_outside_training(rows, train, test[probes], rng).items():
         try:
-            names = _moved(before, _run_fold(pipeline, other, train, test), probes)
+            names = _differences(before, _run_fold(pipeline, other, train, test), probes)
         except Exception as error:
             names = [f"{type(error).__name__}: {error}"]
         for name in names:
@@ -553,9 +557,9 @@ def _check_fit_window(pipeline: Pipeline, rows: Rows, folds: list, rng: np.rando
     if not changed:
         evidence = f"{len(probes)} probes of fold 1 unchanged, features and labels of all other rows altered"
         return [AuditFinding("fit window", "ok", "", evidence)]
-    if _moved(before, _run_fold(pipeline, rows, train, test), probes):
+    if _differences(before, _run_fold(pipeline, rows, train, test), probes):
         evidence = "two identical calls returned different results, so the check cannot be made"
-        return [AuditFinding("fit window", "suspicious", "fit_predict", evidence, "Fix the seeds.")]
+        return [AuditFinding("fit window", "suspicious", "fit_predict", evidence, remedy="Fix the seeds.")]
     return [_fit_finding(name, parts, rows.X.index[test[0]]) for name, parts in changed.items()]
 
 def _fit_finding(name: str, parts: list[str], first: pd.Timestamp) -> AuditFinding:
@@ -564,11 +568,11 @@ def _fit_finding(name: str, parts: list[str], first: pd.Timestamp) -> AuditFindi
             else "It does not use labels: check scaler, imputer and decomposition.")
     evidence = (f"changed in fold 1 (test part from {_moment(first)}) when {' and '.join(parts)} of rows outside the "
                 "training part were altered")
-    return AuditFinding("fit window", "leak", name, evidence, f"Fit it on training rows only. {hint}", _moment(first),
-                        {"spoiled": parts})
+    return AuditFinding("fit window", "leak", name, evidence, remedy=f"Fit it on training rows only. {hint}", time=_moment(first),
+                        figures={"altered": parts})
 
 # %% ../nbs/45_leakage_audit.ipynb #694838bd
-def _made_up_forecasts(rows: Rows, folds: list, returns: np.ndarray, rng: np.random.Generator) -> WalkForwardResult:
+def _synthetic_predictions(rows: Rows, folds: list, returns: np.ndarray, rng: np.random.Generator) -> WalkForwardResult:
     "Synthetic out-of-fold predictions of three learners with different skill."
     classes, test = rows.known, np.concatenate([test for _, test in folds])
     true = rows.y[test][:, None] == classes
@@ -579,12 +583,12 @@ def _made_up_forecasts(rows: Rows, folds: list, returns: np.ndarray, rng: np.ran
     return WalkForwardResult(
         time=time[test], y=rows.y[test], proba=dict(zip(LEARNERS, proba)), prior=np.concatenate(shares),
         fold=np.concatenate([np.full(len(test), k) for k, (_, test) in enumerate(folds, start=1)]),
-        previous=np.zeros(len(test), int), classes=tuple(classes.tolist()), newest={}, end_time=rows.end_time[test],
+        previous=np.zeros(len(test), int), classes=classes, newest={}, end_time=rows.end_time[test],
         folds=[(time[train[0]], time[train[-1]], time[test[0]], time[test[-1]]) for train, test in folds],
         returns=returns[test], share=true.mean(axis=0), spread=np.zeros(len(test)))
 
 # %% ../nbs/45_leakage_audit.ipynb #009c4715
-def _unsettled_spoiled(walk: WalkForwardResult, fold: int) -> WalkForwardResult:
+def _alter_unsettled(walk: WalkForwardResult, fold: int) -> WalkForwardResult:
     "Copy with altered labels and returns that are not settled when `fold` begins, and altered later predictions."
     open_ = (walk.end_time > walk.folds[fold - 1][2]) | (walk.fold >= fold)
     after, classes = walk.fold > fold, np.array(walk.classes)
@@ -597,23 +601,24 @@ def _check_blending(pipeline: Pipeline, rows: Rows, folds: list, returns: np.nda
     if pipeline.blend is None or (np.diff(np.concatenate([test for _, test in folds])) < 1).any():
         why = "the pipeline does not blend" if pipeline.blend is None else "the folds do not follow each other in time"
         return [AuditFinding("blending", "skipped", "", why)]
-    walk, changed = _made_up_forecasts(rows, folds, returns, rng), {}
+    walk = _synthetic_predictions(rows, folds, returns, rng)
+    changed: dict[str, int] = {}
     before = pipeline.blend(walk)
     for fold in range(2, len(folds) + 1):
         probes = np.flatnonzero(walk.fold <= fold)
-        for name in _moved(before, pipeline.blend(_unsettled_spoiled(walk, fold)), probes):
+        for name in _differences(before, pipeline.blend(_alter_unsettled(walk, fold)), probes):
             changed.setdefault(name, fold)
     evidence = "changed when labels unsettled at the start of fold {} and predictions of later folds were altered"
-    return [AuditFinding("blending", "leak", name, evidence.format(fold), "Fit weights, calibration and threshold on "
+    return [AuditFinding("blending", "leak", name, evidence.format(fold), remedy="Fit weights, calibration and threshold on "
                          "rows of earlier folds whose end_time is not after the first bar of the fold.",
-                         _moment(walk.folds[fold - 1][2]), {"fold": fold}) for name, fold in changed.items()] or [
+                         time=_moment(walk.folds[fold - 1][2]), figures={"fold": fold}) for name, fold in changed.items()] or [
         AuditFinding("blending", "ok", "",
                      f"{len(folds)} folds unchanged, unsettled labels and later predictions altered")]
 
 # %% ../nbs/45_leakage_audit.ipynb #942d5702
 _MAX_SKILL, _MAX_AUC = 0.5, 0.95
 
-def _judged(rows: Rows, proba: np.ndarray, train: np.ndarray, test: np.ndarray) -> tuple[float, float]:
+def _skill_and_auc(rows: Rows, proba: np.ndarray, train: np.ndarray, test: np.ndarray) -> tuple[float, float]:
     "Skill relative to the training shares, and AUC, on the test rows; 0 and 0.5 if they contain only one class."
     y = rows.y[test]
     if (y == y[0]).all():
@@ -633,12 +638,12 @@ def _by_column(rows: Rows, column: str, train: np.ndarray, test: np.ndarray) -> 
 # %% ../nbs/45_leakage_audit.ipynb #e0c47d98
 def _check_columns(rows: Rows, fold: tuple) -> list[AuditFinding]:
     "Check that no single column is more predictive than is plausible."
-    alone = {column: _judged(rows, _by_column(rows, column, *fold), *fold) for column in rows.X}
-    best, limits = max(alone, key=alone.get), f"the limits are {_MAX_SKILL:g} and {_MAX_AUC:g}"
+    alone = {column: _skill_and_auc(rows, _by_column(rows, column, *fold), *fold) for column in rows.X}
+    best, limits = max(alone, key=lambda column: alone[column]), f"the limits are {_MAX_SKILL:g} and {_MAX_AUC:g}"
     scores = lambda column: "skill {:.3f} and AUC {:.3f} alone".format(*alone[column])
     findings = [AuditFinding("single columns", "suspicious", column, f"{scores(column)}; {limits}",
-                             "Check when this value becomes available: it resembles the target.",
-                             _moment(rows.X.index[fold[1][0]]), {"skill": skill, "auc": auc})
+                             remedy="Check when this value becomes available: it resembles the target.",
+                             time=_moment(rows.X.index[fold[1][0]]), figures={"skill": skill, "auc": auc})
                 for column, (skill, auc) in alone.items() if skill > _MAX_SKILL or auc > _MAX_AUC]
     return findings or [AuditFinding("single columns", "ok", "",
                                      f"best of {len(alone)} columns: {best}, {scores(best)}; {limits}")]
@@ -661,14 +666,14 @@ def check_shuffled(pipeline: Pipeline, rows: Rows, fold: tuple, rng: np.random.G
     proba, test = _run_fold(pipeline, shuffled, *fold).proba, fold[1]
     positions = np.searchsorted(rows.known, shuffled.y[test])
     chance = _chance_of(-np.log(np.maximum(proba, 1e-15)), positions, rng)
-    skill, auc = _judged(shuffled, proba, *fold)
+    skill, auc = _skill_and_auc(shuffled, proba, *fold)
     evidence = f"skill {skill:.3f}, AUC {auc:.3f} on {len(test)} test rows; by chance in {chance:.2%} of orders"
     figures = {"skill": skill, "auc": auc, "chance": chance}
     if chance > 1 / (1 + _ORDERS) or np.ptp(proba, axis=0).max() == 0:
         return [AuditFinding("shuffled labels", "ok", "", evidence, figures=figures)]
     return [AuditFinding("shuffled labels", "leak", "fit_predict", f"{evidence}: skill without any signal",
-                         "The fit uses labels of test rows: see the check of the fit window.",
-                         _moment(rows.X.index[test[0]]), figures)]
+                         remedy="The fit uses labels of test rows: see the check of the fit window.",
+                         time=_moment(rows.X.index[test[0]]), figures=figures)]
 
 # %% ../nbs/45_leakage_audit.ipynb #a41e0cb6
 _MAX_GAP = 0.5
@@ -677,14 +682,14 @@ def _check_gap(pipeline: Pipeline, rows: Rows, fold: tuple) -> list[AuditFinding
     "Check the difference between skill in sample and out of sample on the middle fold."
     train, test = fold
     proba = _run_fold(pipeline, rows, train, np.concatenate([train, test])).proba
-    seen, unseen = _judged(rows, proba[:len(train)], train, train)[0], _judged(rows, proba[len(train):], train, test)[0]
+    seen, unseen = _skill_and_auc(rows, proba[:len(train)], train, train)[0], _skill_and_auc(rows, proba[len(train):], train, test)[0]
     evidence = f"skill {seen:.3f} in sample, {unseen:.3f} out of sample; the limit of the difference is {_MAX_GAP:g}"
     figures = {"in_sample": seen, "out_of_sample": unseen}
     if seen - unseen <= _MAX_GAP:
         return [AuditFinding("in-sample gap", "ok", "", evidence, figures=figures)]
     return [AuditFinding("in-sample gap", "suspicious", "fit_predict", evidence,
-                         "Regularise: use fewer leaves, more samples per leaf.", _moment(rows.X.index[test[0]]),
-                         figures)]
+                         remedy="Regularise: use fewer leaves, more samples per leaf.", time=_moment(rows.X.index[test[0]]),
+                         figures=figures)]
 
 # %% ../nbs/45_leakage_audit.ipynb #5b4332d6
 def audit(

@@ -114,7 +114,7 @@ class Verdict(MarkdownRepr):
         return head + table + "\n".join(f"| {' | '.join(row)} |" for row in self.rows())
 
 # %% ../nbs/44_quality_gate.ipynb #fda3e7ac
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GateInput:
     """Measurements of a candidate, out of sample."""
     evaluation: Evaluation
@@ -187,7 +187,7 @@ def _rarest_criterion(found: GateInput, limits: GateSettings) -> Criterion:
 def _skill_criteria(found: GateInput, limits: GateSettings) -> list[Criterion]:
     "Criteria on the quality of predictions."
     figures, low = found.evaluation.metrics, found.evaluation.intervals["skill"][0]
-    skill, majority = figures["skill"], figures["weighted_f1"] - figures["weighted_f1_minus_majority"]
+    skill, majority = figures["skill"], found.evaluation.baselines["majority"]["weighted_f1"]
     enough = _required_samples(skill, low, found.samples) if low is not None and low <= limits.min_skill_lower else None
     more = (f"A skill of {skill:.3f} needs about {enough:,} labelled bars ({found.more})." if enough else
             "The model is not better than the base rate: use other features or other labels, or do not use a model.")

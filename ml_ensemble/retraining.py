@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from importlib.metadata import version as installed_version
 from pathlib import Path
+from typing import Any
 from warnings import warn
 
 import numpy as np
@@ -164,11 +165,11 @@ def blend_table(settings: Settings, walk: WalkForwardResult) -> pd.DataFrame:
         _, low, high = difference = paired_skill_difference(
             walk.y, blended.oos.proba, current.oos.proba, walk.prior, walk.classes, settings.evaluation.replications,
             seed=settings.seed, horizon=settings.labels.horizon)
-        rows.append({"weighting": weighting, "calibration": calibration, "skill": round(figures["skill"], 4),
+        rows.append({"weighting": weighting, "calibration": calibration, "skill": figures["skill"],
                      "difference from the configured, 95 %": f"{difference[0]:+.4f} ({low:+.4f} to {high:+.4f})",
-                     "calibration error": round(figures["calibration_error"], 4),
+                     "calibration error": figures["calibration_error"],
                      "production weights": ", ".join(f"{w:.2f}" for w in blended.final.weights.values())})
-    return pd.DataFrame(rows).set_index(["weighting", "calibration"])
+    return pd.DataFrame(rows).round(4).set_index(["weighting", "calibration"])
 
 # %% ../nbs/51_retraining.ipynb #ca994090
 def ensemble_gain(settings: Settings, walk: WalkForwardResult, blended: BlendResult) -> pd.DataFrame:
@@ -178,8 +179,8 @@ def ensemble_gain(settings: Settings, walk: WalkForwardResult, blended: BlendRes
         single = blend_learners(settings, walk, {other: float(other == name) for other in walk.proba}).oos.proba
         difference, low, high = paired_skill_difference(walk.y, blended.oos.proba, single, walk.prior, walk.classes,
                                                         settings.evaluation.replications, seed=settings.seed, horizon=horizon)
-        losses = (row_log_loss(walk.y, proba, walk.classes) for proba in (single, blended.oos.proba))
-        statistic, p = diebold_mariano(*losses, horizon)
+        statistic, p = diebold_mariano(row_log_loss(walk.y, single, walk.classes),
+                                       row_log_loss(walk.y, blended.oos.proba, walk.classes), horizon)
         rows.append({"ensemble against": name, "skill difference": difference, "low": low, "high": high,
                      "Diebold-Mariano": statistic, "p": p})
     return pd.DataFrame(rows).set_index("ensemble against").astype(float).round(4)
@@ -290,8 +291,12 @@ def champion_recipe(settings: Settings, facts: dict) -> Settings | None:
 def _replace_parts(settings: Settings, parts: dict) -> Settings:
     "Copy of the settings with the recorded parts, validated."
     return settings.model_copy(update={
-        name: TypeAdapter(Settings.model_fields[name].annotation).validate_python(_merge_recorded(value, getattr(settings, name)))
-        for name, value in parts.items()})
+        name: _validated_part(name, _merge_recorded(value, getattr(settings, name))) for name, value in parts.items()})
+
+def _validated_part(name: str, value):
+    "Validate the recorded value of one part of the settings."
+    annotation: Any = Settings.model_fields[name].annotation
+    return TypeAdapter(annotation).validate_python(value)
 
 def _merge_recorded(recorded, today):
     "Recorded part, completed with current values of newer settings; extra learner parameters are not added."
@@ -358,11 +363,11 @@ def _how_to_get_more(settings: Settings) -> str:
 def rarest_class(data: TrainingSet, walk: WalkForwardResult) -> tuple[str, int]:
     "Name of the rarest class and its number of out-of-sample rows."
     rows = {CLASS_NAMES[label]: int((walk.y == label).sum()) for label in data.classes}
-    name = min(rows, key=rows.get)
+    name = min(rows, key=lambda name: rows[name])
     return name, rows[name]
 
 # %% ../nbs/51_retraining.ipynb #a69c5060
-def reach_verdict(settings: Settings, market: Market, data: TrainingSet, walk: WalkForwardResult, blended: BlendResult,
+def reach_verdict(settings: Settings, market: Market, *, data: TrainingSet, walk: WalkForwardResult, blended: BlendResult,
                   evaluation: Evaluation, sources: SkillSources, candidate: Candidate, store: ModelStore, leakage: AuditReport,
                   accept_change: bool = False, progress: Callable[[str], None] = print) -> Verdict:
     "Evaluate every criterion of the gate for the candidate."
@@ -417,7 +422,7 @@ def _fitted_parameters(settings: Settings, name: str, learner) -> dict:
     "Configured parameters of a learner, with the number of rounds chosen by early stopping."
     return settings.learners.model_dump()[name] | {"n_estimators": learner.get_params()["n_estimators"]}
 
-def stage(settings: Settings, market: Market, data: TrainingSet, evaluation: Evaluation, singles: dict[str, Evaluation],
+def stage(settings: Settings, market: Market, *, data: TrainingSet, evaluation: Evaluation, singles: dict[str, Evaluation],
           trading: dict, candidate: Candidate, verdict: Verdict, leakage: AuditReport, store: ModelStore, run_id: str) -> Path:
     "Write the candidate's metadata and the training pickles to the staging folder; change nothing outside it."
     folder, common = _staging(store, run_id), _provenance(settings, market, data, store.clock())
@@ -514,7 +519,7 @@ def _promote_staged(store: ModelStore, run_id: str, report: Path, expected: int)
     else:
         store.record("refusal", reason=str(verdict), report=reference["report"]["path"])
     current = present_or_damaged(store)
-    return RetrainResult(version is not None, version, current and current["version"], verdict, report, candidate)
+    return RetrainResult(version is not None, version, current["version"] if current else None, verdict, report, candidate)
 
 def _install_training(store: ModelStore, folder: Path, reference: dict) -> None:
     "Copy the newest learners and then their metadata to `training/`."

@@ -8,6 +8,7 @@ __all__ = ['volatility_inputs', 'volatility_forecast', 'log_odds', 'stacked_loss
 
 # %% ../nbs/42_skill_sources.ipynb #faed4e3b
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -131,7 +132,9 @@ class SkillSources(MarkdownRepr):
     @classmethod
     def from_dict(cls, stored: dict) -> "SkillSources":
         "What `to_dict` stored."
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in stored.items() if name != "sentence"})
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
+        values.pop("sentence", None)
+        return cls(**values)
 
     def sentence(self) -> str:
         "The decomposition in words."

@@ -102,7 +102,7 @@ class ModelStore:
         return _append_history(self.archive / "history.jsonl", {"at": iso(self.clock()), "kind": kind, **facts})
 
     def promote(self, model: bytes, metadata: dict, *, expected: int | None = None,
-                verify: Callable[[Path], None] | None = None) -> dict:
+                verify: Callable[[Path], object] | None = None) -> dict:
         """Put a new version into production; returns its metadata.
 
         `expected` is the sequence the caller saw in production (0 for none): a store that has moved on is an error.
@@ -112,7 +112,7 @@ class ModelStore:
             return _promote_new(self, model, metadata, expected, verify)
 
     def rollback(self, reason: str, version: str | None = None, *,
-                 verify: Callable[[Path], None] | None = None) -> dict:
+                 verify: Callable[[Path], object] | None = None) -> dict:
         "Bring an archived version back (by default the one before the present); returns its metadata."
         with self.locked():
             return _roll_back(self, reason, version, verify)

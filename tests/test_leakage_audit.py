@@ -266,7 +266,7 @@ EARLY_RETURNS = {"filled at the close": lambda candles: candles["close"].shift(-
 
 
 def entry_problems(pipeline):
-    return [(f.check, f.status, f.culprit) for f in check_entry(pipeline, CANDLES, np.random.default_rng(0)) if not f.sound]
+    return [(f.check, f.status, f.culprit) for f in check_entry(pipeline, CANDLES, np.random.default_rng(0)) if not f.passed]
 
 
 @pytest.mark.parametrize("labels", HONEST.values(), ids=HONEST)
@@ -386,11 +386,11 @@ FIT_LEAKS = {
 
 @pytest.mark.parametrize("kind", FIT_LEAKS)
 def test_a_fit_that_reads_more_than_its_training_part_is_named(kind):
-    fit_predict, names, spoiled = FIT_LEAKS[kind]
+    fit_predict, names, altered = FIT_LEAKS[kind]
     found = audit(CANDLES, replace(OWN, fit_predict=fit_predict), cuts=16)
     assert culprits(found, "fit window") == names
-    assert all(spoiled in f.figures["spoiled"] for f in found.problems if f.check == "fit window")
-    # A fit that stops by its "test" rows is no longer itself when it is asked about its training rows, too.
+    assert all(altered in f.figures["altered"] for f in found.problems if f.check == "fit window")
+    # Early stopping on the test rows also changes the in-sample fit, so the checks of shuffled labels and of the gap may report it.
     assert {f.check for f in found.problems} <= {"fit window", "shuffled labels", "in-sample gap"}
 
 

@@ -42,7 +42,7 @@ PUBLIC = {
     """,
     "core": """
         ColumnTypeError ConfigError DataError DuplicateError EmptyDataError FeatureError GapError HighLowError
-        InfiniteValueError IntegrityError LFSPointerError MLEnsembleError MissingColumnError MissingExtraError
+        InfiniteValueError IntegrityError LFSPointerError MLEnsembleError MarkdownRepr MissingColumnError MissingExtraError
         MissingValueError ModelNotFoundError NegativeValueError NotATableError RetrainError StaleStoreError StoreError
         TimestampError TooShortError UnsafeModelError UnsortedError ValidationError canonical_json core_file
         find_project in_threads iso models_dir n_threads page_file project_root readable_json requires_extra sha256_hex

@@ -173,15 +173,17 @@ def test_a_verdict_comes_out_however_rare_a_class_is(candles, overrides, outcome
     result, money = run_backtest(settings, walk, blended), run_money_bridge(settings, market, walk, blended)
     economics, leakage = label_economics(settings, market, data), run_audit(settings, market, silent)
     candidate = fit_candidate(settings, data, blended.final, store, "run", silent)
-    verdict = reach_verdict(settings, market, data, walk, blended, evaluation, sources, candidate, store, leakage, progress=silent)
+    verdict = reach_verdict(settings, market, data=data, walk=walk, blended=blended, evaluation=evaluation, sources=sources,
+                            candidate=candidate, store=store, leakage=leakage, progress=silent)
     assert outcome in (None, verdict.outcome), str(verdict)
     assert leakage.clean and np.isfinite(candidate.artefact["parity_error"])
     for shown in (sources, result, economics, verdict):
         assert shown._repr_markdown_()
     plot_waterfall(sources, money), use_of_probabilities(sources, result), blend_table(settings, walk)
     importance(settings, data, walk, blended)
-    stage(settings, market, data, evaluation, singles, trading_facts(sources, result, money, economics), candidate, verdict,
-          leakage, store, "run")
+    trading = trading_facts(sources, result, money, economics)
+    stage(settings, market, data=data, evaluation=evaluation, singles=singles, trading=trading, candidate=candidate,
+          verdict=verdict, leakage=leakage, store=store, run_id="run")
 
 
 FINE = {"parity_error": 0.0, "size_mb": 1.0, "memory_mb": 1.0, "latency_ms": 0.1}
@@ -190,8 +192,10 @@ FINE = {"parity_error": 0.0, "size_mb": 1.0, "memory_mb": 1.0, "latency_ms": 0.1
 def verdict(*overrides):
     settings, market, data, walk, blended = prepared(*overrides)
     sources = run_skill_sources(settings, market, data, walk, blended, silent)
-    return judge(GateInput(evaluate_result(settings, blended), sources, run_backtest(settings, walk, blended), len(data),
-                          rarest_class(data, walk), Comparison(0), Comparison(0), FINE, []), settings.gate)
+    return judge(GateInput(
+        evaluation=evaluate_result(settings, blended), sources=sources, money=run_backtest(settings, walk, blended),
+        samples=len(data), rarest=rarest_class(data, walk), versions=Comparison(0), recipes=Comparison(0), artefact=FINE,
+        problems=[]), settings.gate)
 
 
 @pytest.mark.parametrize("kind", [("sandbox_strength=0", "sandbox_spread=0", "sandbox_clustering=0"),
