@@ -74,7 +74,7 @@ def hand_made(features=FEATURES):
 @settings(max_examples=50)
 @given(steps=st.lists(st.tuples(st.sampled_from(["promotion", "rollback", "rollback in a replay"]), st.integers(0, 500),
                                 st.integers(0, 9)), min_size=1, max_size=9))
-def test_each_bar_belongs_to_the_version_in_production_then_and_none_has_seen_its_bars(steps, tmp_path_factory):
+def test_bars_belong_to_the_version_in_production_and_no_version_is_scored_on_its_training_bars(steps, tmp_path_factory):
     clock = Clock()
     store, learned, events = ModelStore(tmp_path_factory.mktemp("models"), clock=clock), {}, []
     for kind, row, pick in steps:
@@ -123,7 +123,7 @@ def test_the_record_holds_what_each_version_predicts(store):
     np.testing.assert_allclose(record.proba[:, 1], hand_made(FEATURES.loc[record.time]), atol=1e-6)
 
 
-def test_a_worse_challenger_is_told_from_an_equal_one(store):
+def test_a_worse_challenger_is_distinguished_from_an_equal_one(store):
     promote(store, 100)
     record = production_record(store, FEATURES, MANAGER, TODAY)
     surer = 1 / (1 + np.exp(-300 * FEATURES["returns_1"].to_numpy()))           # and wrong more often than not
@@ -148,7 +148,7 @@ def test_a_damaged_version_leaves_a_gap_with_its_reason(store):
     ({"labels": {**LABELS, "threshold": 0.005}}, "labels.threshold 0.005 -> 0.003"),
     ({"labels": {k: v for k, v in LABELS.items() if k != "entry"}}, "labels.entry close -> next_open"),
     ({"source": "file:other.csv"}, "market file:other.csv -> sandbox"), ({"interval_minutes": 60.0}, "minutes of a bar 60.0 -> 240.0")])
-def test_a_version_that_decided_something_else_is_named_and_not_compared(store, changed, words):
+def test_a_version_with_a_different_decision_meaning_is_named_and_not_compared(store, changed, words):
     version = promote(store, 100, **changed)
     assert changed_meaning(decision_settings(store.current()), TODAY) == [words]
     record = production_record(store, FEATURES, MANAGER, TODAY)
@@ -156,14 +156,14 @@ def test_a_version_that_decided_something_else_is_named_and_not_compared(store, 
     assert "no bar has a comparable production version" in compare_with_record(challenger(hand_made()), record, 1, 250).note
 
 
-def test_an_empty_store_and_a_history_without_facts_give_an_empty_record(store):
+def test_an_empty_store_and_a_history_without_metadata_give_an_empty_record(store):
     assert production_periods(store, BARS[-1]) == [] and len(production_record(store, FEATURES, MANAGER, TODAY).time) == 0
     store.record("promotion", version="20250901-0001")           # its archive is gone
     record = production_record(store, FEATURES, MANAGER, TODAY)
     assert len(record.time) == 0
 
 
-def test_a_rollback_gives_the_bars_after_it_to_the_version_brought_back(tmp_path):
+def test_after_a_rollback_bars_are_assigned_to_the_restored_version(tmp_path):
     clock = Clock()
     store = ModelStore(tmp_path, clock=clock)
     first, second = promote(store, 100, shifted(1)), promote(store, 200, shifted(-1))
@@ -187,7 +187,7 @@ def test_in_a_replay_a_rollback_counts_from_the_newest_bar_of_what_it_replaced(s
 @pytest.mark.parametrize("facts", [
     {"data": "lost"}, {"data": None}, {"data": {"to": "now"}}, {"data": {"to": 5}}, {}, {"classes": 2},
     {"data": {**DATA, "labels": ["horizon"], "to": BARS[50].isoformat()}}, {"fingerprint": None}])
-def test_metadata_that_lacks_what_is_needed_is_a_reason_and_no_error(store, facts):
+def test_incomplete_metadata_gives_a_reason_and_no_error(store, facts):
     whole = {"data": {**DATA, "to": BARS[50].isoformat()}, "fingerprint": MANAGER.fingerprint, "classes": [0, 1]}
     odd = store.promote(MODEL, {**whole, **facts} if facts else {})["version"]
     good = promote(store, 100)
@@ -264,7 +264,7 @@ def test_a_replay_on_older_bars_starts_the_record_of_these_bars_anew(store):
     assert list(lived.values()) == [50, 0, 42, 42, 42]
 
 
-def test_bars_that_a_version_brought_back_had_seen_are_left_out(tmp_path):
+def test_training_bars_of_a_restored_version_are_left_out(tmp_path):
     clock = Clock()
     store = ModelStore(tmp_path, clock=clock)
     newer, older = promote(store, 300), promote(store, 100)
@@ -275,7 +275,7 @@ def test_bars_that_a_version_brought_back_had_seen_are_left_out(tmp_path):
     assert rows == {older: [*range(101, 201)], newer: [*range(301, len(BARS))]}
 
 
-def test_a_rollback_of_this_morning_leaves_the_last_week_to_the_version_that_lived_it(tmp_path):
+def test_after_a_rollback_of_this_morning_the_last_week_stays_with_the_version_that_was_in_production(tmp_path):
     clock = Clock()
     clock.now = BARS[-1] + pd.Timedelta("3h")                   # live: hours after the newest bar
     store = ModelStore(tmp_path / "models", clock=clock)

@@ -100,7 +100,7 @@ def test_its_probabilities_are_those_of_the_weekly_recipe_bit_for_bit(data, thre
 
 
 @pytest.mark.parametrize(("weighting", "calibration"), [("learned", "platt"), ("greedy", "isotonic")])
-def test_its_mixture_is_that_of_the_weekly_recipe(data, weighting, calibration):
+def test_its_blend_equals_that_of_the_weekly_recipe(data, weighting, calibration):
     mixing = BlendConfig(SHARES, weighting, SETTINGS.ensemble.shrinkage, calibration,
                     SETTINGS.ensemble.calibration_shrinkage)
     expected = walk_forward_blend(walked(data, seed=11), mixing).final
@@ -126,7 +126,7 @@ def test_the_folds_are_purged_walk_forward_unless_others_are_given(data):
     assert configured.weights_ == same.weights_
 
 
-def test_what_is_not_given_is_as_configured(data, monkeypatch):
+def test_omitted_parameters_are_as_configured(data, monkeypatch):
     configured = load_settings().learners.model_dump()
     model = EnsembleClassifier(**FEW).fit(data.inputs, data.y)
     assert model.parameters_ == {name: configured[name] | FEW[name] for name in LEARNERS}
@@ -139,7 +139,7 @@ def test_what_is_not_given_is_as_configured(data, monkeypatch):
 
 # -- scikit-learn's tools ------------------------------------------------------------------------------------------
 
-def test_candles_in_decisions_out(sandbox, data):
+def test_candles_as_input_and_decisions_as_output(sandbox, data):
     labels = forward_return_labels(sandbox)
     ensemble = EnsembleClassifier(**FEW, incomplete="prior")
     model = make_pipeline(FeatureManager(), FunctionTransformer(scale_free), ensemble)
@@ -192,7 +192,7 @@ def test_parameters_inside_the_dicts():
         model.set_params(catboost__depth=3)
 
 
-def test_a_pickle_and_a_copy_answer_alike(data):
+def test_a_pickle_and_a_copy_give_equal_predictions(data):
     model = EnsembleClassifier(**FEW, weighting="greedy").fit(data.inputs, data.y)
     again = pickle.loads(pickle.dumps(model))
     assert again.predict_proba(data.inputs).tobytes() == model.predict_proba(data.inputs).tobytes()
@@ -226,7 +226,7 @@ def test_any_labels_in_any_number_from_two_on(data, names):
 
 
 @pytest.mark.parametrize("how", [{}, {"weighting": "learned", "calibration": "platt"}], ids=["fixed", "learned"])
-def test_a_row_of_weight_two_is_the_row_twice_and_one_of_weight_zero_is_not_there(data, how):
+def test_a_row_of_weight_two_equals_the_row_twice_and_a_row_of_weight_zero_is_ignored(data, how):
     rng = np.random.default_rng(0)
     weight = rng.integers(0, 4, len(data))
     how = FEW | how | {"cv": None if not how else "set below"}
@@ -248,13 +248,13 @@ def test_a_row_of_weight_two_is_the_row_twice_and_one_of_weight_zero_is_not_ther
     assert zeroed.tobytes() == removed.tobytes() != weighted.tobytes()
 
 
-def test_a_class_without_weight_is_no_class(three):
+def test_a_class_without_weight_is_dropped(three):
     weight = (three.y != -1).astype(float)
     model = EnsembleClassifier(**FEW).fit(three.inputs, three.y, weight)
     assert model.classes_.tolist() == [0, 1]
 
 
-def test_splits_by_number_count_only_the_rows_that_are_there(data):
+def test_splits_by_number_count_only_rows_with_weight(data):
     weight = np.ones(len(data))
     weight[::3] = 0
     how = FEW | {"weighting": "learned", "cv": 3}
@@ -263,7 +263,7 @@ def test_splits_by_number_count_only_the_rows_that_are_there(data):
     assert zeroed.weights_ == removed.weights_
 
 
-def test_weights_that_are_not_whole_reach_all_three_learners_and_the_mixture(data):
+def test_fractional_weights_reach_all_three_learners_and_the_blend(data):
     weight = np.where(data.y == 1, 3.7, 0.9)
     plain, weighted = (EnsembleClassifier(**FEW).fit(data.inputs, data.y, w) for w in (None, weight))
     for name in LEARNERS:
@@ -281,14 +281,14 @@ def test_weights_that_are_not_whole_reach_all_three_learners_and_the_mixture(dat
     assert np.abs(expected - learn_weights(hit, fixed, SETTINGS.ensemble.shrinkage)).max() > 1e-3
 
 
-def test_weights_too_large_to_be_written_out_count_relative_to_each_other(data):
+def test_weights_too_large_to_repeat_rows_are_used_as_relative_weights(data):
     weight = np.where(data.y == 1, 30, 10)
     first, second = (EnsembleClassifier(**FEW).fit(data.inputs, data.y, weight * factor).predict_proba(data.inputs)
                      for factor in (1, 10**7))
     np.testing.assert_allclose(first, second, atol=1e-9)
 
 
-def test_incomplete_rows_are_not_there_and_are_answered_with_the_class_shares(data):
+def test_incomplete_rows_are_ignored_in_fit_and_get_the_class_shares_in_predict(data):
     X, missing = data.inputs.copy(), np.arange(len(data)) % 7 == 0
     X[missing, 4] = np.nan
     model = EnsembleClassifier(**FEW, incomplete="prior").fit(X, data.y)
@@ -313,7 +313,7 @@ def test_learned_weights_lie_on_the_simplex_and_fit_the_out_of_fold_rows(data, w
     assert loss["new"] < loss["fixed"]
 
 
-def test_learned_weights_find_the_learner_that_knows(data):
+def test_learned_weights_favour_the_informative_learner(data):
     blind = FEW | {"weighting": "learned", "xgboost": {"n_estimators": 1, "learning_rate": 1e-6},
                    "lightgbm": {"n_estimators": 1, "learning_rate": 1e-6}, "random_forest": {"n_estimators": 60}}
     y = (data.inputs[:, 1] > np.median(data.inputs[:, 1])).astype(int)
@@ -322,7 +322,7 @@ def test_learned_weights_find_the_learner_that_knows(data):
 
 
 @pytest.mark.parametrize("kind", ["platt", "isotonic"])
-def test_calibration_makes_a_timid_ensemble_surer_and_better(kind, monkeypatch):
+def test_calibration_sharpens_an_underconfident_ensemble_and_improves_its_log_loss(kind, monkeypatch):
     rng = np.random.default_rng(2)
     X = rng.normal(size=(4000, 3)).astype(np.float32)
     truth = 1 / (1 + np.exp(-2 * X[:, 0]))
@@ -341,7 +341,7 @@ def test_calibration_makes_a_timid_ensemble_surer_and_better(kind, monkeypatch):
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
-def test_a_forest_that_is_sure_breaks_no_logarithm():
+def test_probabilities_of_0_and_1_give_a_finite_log_loss():
     rng = np.random.default_rng(3)
     X = rng.normal(size=(300, 2))
     y = (X[:, 0] > 0).astype(int)
@@ -397,13 +397,13 @@ def test_learners_see_float32(data):
     ({"weighting": "learned", "cv": []}, "the 0 splits in cv has no usable row"),
     ({"weighting": "learned", "cv": [([0, 1, 2], [9999])]}, "the 1 splits in cv has no usable row"),
 ])
-def test_a_wrong_parameter_is_told(data, parameters, expected):
+def test_a_wrong_parameter_is_a_named_error(data, parameters, expected):
     with pytest.raises(ValueError) as refused:
         EnsembleClassifier(**FEW | parameters).fit(data.inputs, data.y)
     assert isinstance(refused.value, MLEnsembleError) and expected in str(refused.value)
 
 
-def test_too_few_rows_are_told(data, three):
+def test_too_few_rows_are_a_named_error(data, three):
     learned = EnsembleClassifier(**FEW, weighting="learned")
     with pytest.raises(ValidationError, match="5 rows cannot be cut into 6 blocks"):
         learned.fit(data.inputs[:5], [0, 1, 0, 1, 0])
@@ -416,7 +416,7 @@ def test_too_few_rows_are_told(data, three):
     assert EnsembleClassifier(**FEW, calibration="auto").fit(three.inputs, three.y).calibration_ == {"kind": "none"}
 
 
-def test_weights_and_labels_that_cannot_be_are_told(data):
+def test_invalid_weights_and_labels_are_named_errors(data):
     model = EnsembleClassifier(**FEW)
     one = np.ones(len(data))
     for weight, expected in ((-one, "the weight of row 0 is -1"), (0 * one, "every sample weight is zero"),

@@ -100,7 +100,7 @@ def test_predictions_and_exports_are_those_of_the_version_in_production(call, tr
     (["retrain", "--days", "0"], "Invalid value"), (["predict", "--version", "../x"], "is not a version"),
     (["export", "--to", "pmml"], "--to is 'pmml'"), (["export", "--version", "20200101-0001"], "There are: "),
     (["rollback"], "Missing option"), (["dance"], "No such command")])
-def test_a_wrong_call_is_answered_with_a_remedy_and_no_traceback(call, words, told):
+def test_a_wrong_call_prints_a_remedy_and_no_traceback(call, words, told):
     done = call(*words)
     assert done.returncode in (1, 2) and told in done.stderr.replace("\n", " ") and "Traceback" not in done.stderr
 
@@ -129,7 +129,7 @@ def test_json_answers_are_json_also_for_wrong_calls(call, words):
     assert done.returncode in (1, 2) and {"error", "problem", "remedy"} == set(answer)
 
 
-def test_what_a_user_writes_is_shown_as_written(call, tmp_path):
+def test_text_of_the_user_is_printed_unchanged(call, tmp_path):
     """Square brackets are markup to the library that prints; a reason, a path or a setting is not."""
     store = ModelStore(tmp_path / "models")
     store.promote(b"a", {})

@@ -69,7 +69,7 @@ def series(draw):
 
 @settings(max_examples=1000, deadline=None)
 @given(series())
-def test_drawn_series_equal_talib(bars):
+def test_plotted_series_equal_talib(bars):
     high, low, close, volume = bars
     made, wanted = compute(*bars), oracle(*bars)
     np.testing.assert_array_equal(made[:, :3], wanted[:, :3])
@@ -90,7 +90,7 @@ def test_drawn_series_equal_talib(bars):
 
 @settings(max_examples=300, deadline=None)
 @given(series())
-def test_drawn_series_equal_the_definition_also_where_talib_has_lost_its_digits(bars):
+def test_plotted_series_equal_the_definition_where_talib_loses_precision(bars):
     high, low, close, volume = bars
     made, exact = compute(*bars)[19:], exact_windows(close)
     flat = exact_deviation(close)[19:] == 0
@@ -142,7 +142,7 @@ def test_the_compiled_loop_equals_plain_python_bit_for_bit(nasdaq):
 
 
 @pytest.mark.parametrize("prices, volumes", [(1000.0, 1.0), (1e-6, 37.0), (3.7, 0.01)])
-def test_the_scale_free_view_does_not_know_the_price_level(sandbox, prices, volumes):
+def test_scale_free_inputs_do_not_depend_on_the_price_level(sandbox, prices, volumes):
     scaled = sandbox.copy()
     scaled[OHLCV[:4]] *= prices
     scaled["volume"] *= volumes
@@ -180,7 +180,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("way", ["short", "compiled", "one of many"])
-def test_bad_candles_are_refused_by_name_with_the_offending_row(sandbox, fault, way, monkeypatch):
+def test_invalid_candles_raise_a_named_error_with_the_row(sandbox, fault, way, monkeypatch):
     spoil_it, error, told = FAULTS[fault]
     candles = sandbox.iloc[:300].set_axis(pd.date_range("1999-01-03 07:00", periods=300, freq="4h", tz="UTC"))
     if way == "compiled":
@@ -262,7 +262,7 @@ def test_many_markets_equal_each_alone(sandbox, threads, loops, monkeypatch):
     np.testing.assert_array_equal(manager.generate_features(column, by="market", threads=threads), wanted.iloc[order])
 
 
-def test_many_markets_that_cannot_be_told_apart_are_refused(sandbox):
+def test_markets_with_equal_names_are_refused(sandbox):
     make = FeatureManager().generate_features
     assert make({}) == {}
     long = pd.concat(many(sandbox), names=["market", "time"])
@@ -318,7 +318,7 @@ def test_custom_features_are_causal_and_the_same_in_batch_and_stream(sandbox):
 
 @pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda stream: pickle.loads(pickle.dumps(stream))])
 @pytest.mark.parametrize("custom", [[], [slope, spread]])
-def test_a_copy_of_a_stream_goes_its_own_way(sandbox, custom, again):
+def test_a_copy_of_a_stream_is_independent(sandbox, custom, again):
     manager, bars = FeatureManager(custom=custom), list(sandbox.iloc[:130].itertuples(index=False))
     whole = manager.generate_features(sandbox.iloc[:130]).to_numpy()
     stream = manager.stream().warm_up(sandbox.iloc[:100])
@@ -337,7 +337,7 @@ def plain_last(bars):
     return bars.close[-1]
 
 
-def test_a_list_that_grows_later_changes_nothing(sandbox):
+def test_a_list_of_features_changed_after_construction_has_no_effect(sandbox):
     custom = [slope]
     manager = FeatureManager(custom=custom)
     before = manager.fingerprint
@@ -369,7 +369,7 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-def test_ctrl_c_inside_a_custom_feature_leaves_the_stream_as_it_was(interruptible, sandbox):
+def test_ctrl_c_inside_a_custom_feature_leaves_the_stream_unchanged(interruptible, sandbox):
     @custom_feature(window=[3, 0])
     def interrupted(bars):
         if bars.volume[-1] == 4.25:
@@ -407,14 +407,14 @@ def test_a_column_that_does_not_hold_numbers_is_refused_though_it_could_be_cast(
 
 
 @pytest.mark.parametrize("kind", ["float32", "int64", "Int64", "Float64", "object", "double[pyarrow]"])
-def test_columns_of_any_kind_of_number_are_taken(sandbox, kind):
+def test_columns_of_any_numeric_dtype_are_accepted(sandbox, kind):
     candles = sandbox.iloc[:60].round()
     wanted = FeatureManager().generate_features(candles.astype("float32") if kind == "float32" else candles)
     np.testing.assert_array_equal(FeatureManager().generate_features(candles.astype(kind)), wanted)
 
 
 @pytest.mark.parametrize("calendar", ["continuous", "sessions"])
-def test_a_missing_time_is_refused_also_when_loops_are_compiled(sandbox, calendar):
+def test_a_missing_time_is_refused_also_with_compiled_loops(sandbox, calendar):
     indicators.compiled()
     bad = sandbox.iloc[:1].set_axis(pd.DatetimeIndex([pd.NaT], tz="UTC"))
     for candles in (bad, {"A": sandbox.iloc[:60], "B": bad}):
@@ -423,7 +423,7 @@ def test_a_missing_time_is_refused_also_when_loops_are_compiled(sandbox, calenda
 
 
 @pytest.mark.parametrize("fails", ["always", "with its cache"])
-def test_numba_that_does_not_work_is_done_without(sandbox, fails, monkeypatch):
+def test_a_broken_numba_is_replaced_by_plain_python(sandbox, fails, monkeypatch):
     whole, compile_kernel = FeatureManager().generate_features(sandbox), indicators.compile_kernel
 
     def broken(cached):
@@ -442,7 +442,7 @@ def test_numba_that_does_not_work_is_done_without(sandbox, fails, monkeypatch):
     assert ("No space left" in str([w.message for w in told])) == (fails == "always")
 
 
-def test_the_fingerprint_knows_every_part_of_a_custom_feature():
+def test_the_fingerprint_depends_on_every_part_of_a_custom_feature():
     base = FeatureManager().fingerprint
     assert FeatureManager(custom=[]).fingerprint == base
     kinds = [[slope], [spread], [slope, spread], [spread, slope],
@@ -506,7 +506,7 @@ def test_a_quiet_market_is_the_same_in_any_unit(unit):
     np.testing.assert_allclose(inputs(close * unit), inputs(close), rtol=1e-9, atol=1e-9)
 
 
-def test_a_window_that_stands_still_is_0_also_after_a_jump():
+def test_a_constant_window_gives_0_even_after_a_jump():
     close = np.concatenate([[1.0, 1e7, 3.3], np.full(60, 0.1), [7e5], np.full(60, 0.3)])
     zscore = compute(close, close, close, np.ones(len(close)))[:, 11]
     assert (zscore[22:63] == 0).all() and (zscore[83:] == 0).all()

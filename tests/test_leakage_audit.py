@@ -115,7 +115,7 @@ FEATURE_LEAKS = {
 
 
 @pytest.mark.parametrize("kind", FEATURE_LEAKS)
-def test_a_feature_that_knows_later_bars_is_named(kind):
+def test_a_feature_that_uses_later_bars_is_named(kind):
     mutant = column("sentiment", FEATURE_LEAKS[kind])
     found = audit(CANDLES, mutant, cuts=48)
     assert "sentiment" in culprits(found, "causality")
@@ -146,7 +146,7 @@ def test_a_warm_up_filled_with_nothing_is_found():
     assert culprits(found, "warm-up") == set(OWN.warmup) and culprits(found, "causality") == set()
 
 
-def test_a_leak_at_a_single_bar_is_seen_by_the_stream():
+def test_a_leak_at_a_single_bar_is_detected_by_the_stream():
     def once(candles):
         made = OWN.features(candles)
         if len(candles) > 902:
@@ -185,7 +185,7 @@ def with_custom(feature: CustomFeature) -> Pipeline:
                    stream=lambda candles: view_bar_by_bar(manager, candles))
 
 
-def test_a_custom_feature_that_smuggles_the_answers_in_is_suspicious():
+def test_a_custom_feature_that_encodes_the_labels_is_suspicious():
     @custom_feature(window=[0, 0])
     def smuggler(bars, answers=tuple(zip(CANDLES["close"].tolist(), TARGET.astype(float).tolist()))):
         return dict(answers).get(float(bars.close[-1]), 0.0)
@@ -231,7 +231,7 @@ def test_labels_that_read_beyond_their_end_are_found(labels):
 
 
 @pytest.mark.parametrize("labels", [smoothed, interpolated])
-def test_labels_made_of_their_neighbours_read_beyond_their_end_and_start_too_early(labels):
+def test_labels_that_depend_on_their_neighbours_read_beyond_their_end_and_start_too_early(labels):
     found = audit(CANDLES, replace(QUICK, labels=labels), cuts=16)
     assert [(f.check, f.status, f.culprit) for f in found.problems] == [("labels", "leak", "label"),
                                                                         ("entry price", "leak", "label")]
@@ -275,12 +275,12 @@ def test_labels_from_a_later_price_raise_no_alarm(labels):
 
 
 @pytest.mark.parametrize("labels", EARLY_LABELS.values(), ids=EARLY_LABELS)
-def test_labels_from_a_price_that_could_not_be_had_are_named(labels):
+def test_labels_from_a_price_that_was_not_tradable_are_named(labels):
     assert entry_problems(replace(OWN, labels=labels)) == [("entry price", "leak", "label")]
 
 
 @pytest.mark.parametrize("returns", EARLY_RETURNS.values(), ids=EARLY_RETURNS)
-def test_a_backtest_filled_at_a_price_that_could_not_be_had_is_named(returns):
+def test_a_backtest_filled_at_a_price_that_was_not_tradable_is_named(returns):
     assert entry_problems(replace(OWN, returns=returns)) == [("entry price", "leak", "backtest")]
 
 
@@ -290,7 +290,7 @@ def test_the_configured_entry_at_the_close_is_a_finding_with_its_remedy():
     assert "labels.entry=next_open" in found.problems[0].remedy
 
 
-def test_a_pipeline_without_a_backtest_is_told_so():
+def test_a_pipeline_without_a_backtest_is_reported_as_skipped():
     found = check_entry(replace(OWN, returns=None), CANDLES, np.random.default_rng(0))
     assert [(f.status, f.culprit) for f in found] == [("ok", "label"), ("skipped", "backtest")]
 
@@ -394,7 +394,7 @@ def test_a_fit_that_reads_more_than_its_training_part_is_named(kind):
     assert {f.check for f in found.problems} <= {"fit window", "shuffled labels", "in-sample gap"}
 
 
-def test_skill_without_anything_to_learn_is_a_leak():
+def test_skill_on_shuffled_labels_is_a_leak():
     learns_by_heart = pipeline("num_leaves=31", "min_child_samples=5", "subsample=1", "max_samples=1", "min_samples_leaf=2")
     trees_on_all = lambda rows, train, test: learns_by_heart.fit_predict(rows, np.arange(len(rows.y)), test)
     found = audit(CANDLES, replace(OWN, fit_predict=trees_on_all), cuts=16)
@@ -436,13 +436,13 @@ MIXING_LEAKS = {
 
 
 @pytest.mark.parametrize("kind", MIXING_LEAKS)
-def test_a_mixing_that_knows_what_comes_is_named(kind):
+def test_a_blend_fitted_on_later_rows_is_named(kind):
     found = audit(CANDLES, mixed_with(MIXING_LEAKS[kind]), cuts=16)
     assert {f.check for f in found.problems} == {"blending"} and "probabilities" in culprits(found, "blending")
     assert all(f.status == "leak" and f.time and f.remedy for f in found.problems)
 
 
-def test_a_mixing_of_earlier_folds_with_settled_labels_is_honest():
+def test_a_blend_of_earlier_folds_with_settled_labels_is_clean():
     settled = lambda walk, fold: (walk.fold < fold) & (walk.end_time <= walk.folds[fold - 1][2])
     found = audit(CANDLES, mixed_with(settled), cuts=16)
     assert found.clean, str(found)
@@ -494,7 +494,7 @@ def test_no_false_alarm_on_real_days_with_nights_and_weekends(nasdaq):
     assert found.clean, str(found)
 
 
-def test_no_false_alarm_on_a_market_that_stands_still():
+def test_no_false_alarm_on_a_constant_market():
     """Rows of a flat stretch are equal bit by bit, on both sides of a split; nobody copied them."""
     still = CANDLES.copy()
     middle = slice(700, 850)

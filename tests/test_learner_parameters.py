@@ -32,7 +32,7 @@ def rows():
     return X, (2 * X[:, 1] + X[:, 3] + rng.normal(size=500) > 0).astype(int)
 
 
-def test_every_name_the_libraries_list_is_accepted_or_refused_with_a_reason():
+def test_every_parameter_listed_by_the_libraries_is_accepted_or_refused_with_a_reason():
     listed = {"lightgbm": {alias for names in _ConfigAliases._get_all_param_aliases().values() for alias in names}
               | set(inspect.signature(LGBMClassifier.__init__).parameters),
               "xgboost": set(inspect.signature(XGBModel.__init__).parameters) | {"eta", "lambda", "max_cached_hist_node"},
@@ -95,7 +95,7 @@ def test_every_layer_takes_any_parameter(tmp_path, monkeypatch):
     (["xgboost.booster=dart"], "booster of xgboost cannot be set: the model file holds sums of trees"),
     (["lightgbm.boosting=rf"], "boosting_type of lightgbm cannot be 'rf'"),
     (["lightgbm.subsample=0.4", "lightgbm.bagging=0.5"], None)])
-def test_a_typo_and_what_would_break_a_promise_are_refused_in_the_configuration(overrides, expected):
+def test_typos_and_parameters_that_break_a_guarantee_are_refused_in_the_configuration(overrides, expected):
     if expected is None:                                       # twice in one layer: the last one counts, as for any setting
         assert load_settings(overrides).learners.lightgbm.subsample == 0.5
         return
@@ -136,7 +136,7 @@ def test_what_is_refused_for_the_model_file_would_break_it(rows):
             assert all(name in FIXED[learner] or name == "boosting_type" for name in case)
 
 
-def test_parameters_of_today_stay_out_of_the_champions_recipe(monkeypatch):
+def test_current_parameters_stay_out_of_the_champions_recipe(monkeypatch):
     champion = {"configuration": load_settings(["xgboost.max_leaves=9"]).model_dump()}
     monkeypatch.setenv("ML_ENSEMBLE_LEARNERS__LIGHTGBM__MAX_BIN", "31")
     theirs = champion_recipe(load_settings(), champion)
@@ -167,7 +167,7 @@ def test_set_params_refuses_a_typo_at_once_and_sets_nothing(parameters, expected
     assert expected in str(refused.value) and model.get_params() == before
 
 
-def test_set_params_takes_any_name_of_the_library(rows):
+def test_set_params_accepts_any_name_of_the_library(rows):
     model = EnsembleClassifier(**FEW).set_params(lightgbm__bagging_fraction=0.9, lightgbm__max_bin=15, xgboost__eta=0.3)
     assert model.get_params()["lightgbm__bagging_fraction"] == 0.9
     model.fit(*rows)

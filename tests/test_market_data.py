@@ -61,7 +61,7 @@ def load(table, folder, suffix=".csv", **options) -> Market:
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("times", TIMES)
-def test_every_time_format_in_every_file_is_the_same_table(tmp_path, suffix, times):
+def test_every_time_format_in_every_file_type_gives_the_same_table(tmp_path, suffix, times):
     market = load(export(times=TIMES[times]), tmp_path, suffix)
     pd.testing.assert_frame_equal(market.candles, CANDLES, check_exact=True, check_freq=False)
     assert market.data_hash == Market(CANDLES, "memory", {}).data_hash
@@ -70,7 +70,7 @@ def test_every_time_format_in_every_file_is_the_same_table(tmp_path, suffix, tim
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("names", NAMES)
-def test_every_naming_in_every_file_is_the_same_table(tmp_path, suffix, names):
+def test_every_column_naming_in_every_file_type_gives_the_same_table(tmp_path, suffix, names):
     market = load(export(NAMES[names]), tmp_path, suffix)
     pd.testing.assert_frame_equal(market.candles, CANDLES, check_exact=True, check_freq=False)
 
@@ -83,13 +83,13 @@ def test_an_index_of_times_needs_no_column():
 
 @given(st.lists(st.datetimes(min_value=pd.Timestamp("1973-03-04"), max_value=pd.Timestamp("2200-01-01")), min_size=1),
        st.sampled_from([1, 10**3, 10**6, 10**9]))
-def test_the_unit_of_a_number_is_told_by_its_size(moments, factor):
+def test_the_unit_of_an_epoch_number_follows_from_its_size(moments, factor):
     expected = pd.DatetimeIndex(moments, tz="UTC").as_unit("ns").floor(pd.Timedelta(factor, unit="ns"))
     assert (read_times(pd.Series(expected.asi8 // factor)) == expected).all()
     assert (read_times(pd.Series([str(value // factor) for value in expected.asi8])) == expected).all()
 
 
-def test_units_may_change_half_way():
+def test_units_may_change_within_a_file():
     mixed = np.where(np.arange(BARS) < 200, CANDLES.index.asi8 // 10**6, CANDLES.index.asi8 // 10**3)
     assert (read_times(pd.Series(mixed)) == CANDLES.index).all()
 
@@ -140,7 +140,7 @@ def test_each_fault_of_a_file_has_its_name_and_its_row(tmp_path, fault):
     assert type(caught.value) is error and caught.value.remedy
 
 
-def test_several_faults_are_told_at_once(tmp_path):
+def test_several_faults_are_reported_at_once(tmp_path):
     table = change(14, "high", 1.0)(change(11, "volume", None)(export().drop(index=5).reset_index(drop=True)))
     with pytest.raises(core.GapError, match=r"row 5 .*Also broken: missing_value \(rows: 1\), high_low \(rows: 1\)\.$"):
         load(table, tmp_path)
@@ -148,7 +148,7 @@ def test_several_faults_are_told_at_once(tmp_path):
     assert set(verdicts[verdicts == "fault"].index) == {"gap", "missing_value", "high_low"}
 
 
-def test_disorder_is_not_told_as_a_gap():
+def test_unsorted_rows_are_not_reported_as_a_gap():
     with pytest.raises(core.UnsortedError) as caught:
         validate(CANDLES.iloc[[0, 1, 3, 2, *range(4, BARS)]])
     assert "gap" not in str(caught.value)
@@ -211,7 +211,7 @@ def test_sorting_undoes_any_permutation(order):
 @settings(deadline=None, max_examples=50)
 @given(st.sets(st.integers(1, 58)), st.lists(st.integers(0, 59), max_size=10), st.sets(st.integers(1, 58), max_size=5),
        st.randoms(use_true_random=False))
-def test_all_repairs_together_make_any_such_mess_sound(gone, doubled, incomplete, random):
+def test_all_repairs_together_give_valid_candles(gone, doubled, incomplete, random):
     part = CANDLES.iloc[:60].copy()
     if len(gone | incomplete) > 20:   # the interval must stay the most common distance
         gone, incomplete = set(list(gone)[:10]), set(list(incomplete)[:5])
@@ -231,13 +231,13 @@ def test_all_repairs_together_make_any_such_mess_sound(gone, doubled, incomplete
             assert (mended.iloc[row] == part.iloc[row]).all()
 
 
-def test_the_later_duplicate_wins_whatever_stands_between():
+def test_the_later_duplicate_is_kept_whatever_lies_between():
     again = pd.concat([CANDLES.iloc[:5], CANDLES.iloc[[1]].assign(volume=1.0), CANDLES.iloc[[1]].assign(volume=2.0)])
     mended, log = repair(again, ["sort", "drop_duplicates"])
     assert mended["volume"].iloc[1] == 2.0 and log["drop_duplicates"] == 2
 
 
-def test_a_bar_off_the_grid_is_filled_up_to_but_stays_a_fault():
+def test_a_bar_off_the_grid_is_not_repaired_by_filling_gaps():
     time = CANDLES.index[:10].to_series().reset_index(drop=True)
     time[7:] += pd.Timedelta(9, unit="h")
     mended, log = repair(CANDLES.iloc[:10].set_axis(pd.DatetimeIndex(time, name="time")), ["fill_gaps"], max_fill=1)
@@ -290,7 +290,7 @@ def labels(candles, threshold, entry):
 @pytest.mark.parametrize("entry", ["next_open", "close"])
 @pytest.mark.parametrize("threshold", [0.003, -0.01, 0.0, 0.01])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_truth_is_calibrated_at_any_threshold_and_entry(kind, threshold, entry):
+def test_the_true_probability_is_calibrated_at_any_threshold_and_entry(kind, threshold, entry):
     markets = MARKETS if kind == "documented" else [simulate_market(seed=seed, **KINDS[kind]) for seed in range(6)]
     p = np.concatenate([true_probability(*market, threshold, entry).to_numpy()[:-2] for market in markets])
     y = np.concatenate([labels(candles, threshold, entry) for candles, _ in markets])
@@ -299,13 +299,13 @@ def test_the_truth_is_calibrated_at_any_threshold_and_entry(kind, threshold, ent
         assert abs(y[part].mean() - p[part].mean()) < 4 * error
 
 
-def test_without_signal_spread_and_clustering_there_is_nothing_to_know():
+def test_without_signal_spread_and_clustering_there_is_no_skill():
     market = simulate_market(seed=5, **KINDS["noise"])
     for threshold, classes, entry in ((0.003, 2, "next_open"), (0.01, 2, "close"), (0.003, 3, "next_open")):
         assert abs(best_skill(*market, threshold, classes, entry)) < 1e-12
 
 
-def test_volatility_alone_makes_a_label_forecastable_and_bounce_only_at_the_close():
+def test_volatility_alone_gives_skill_and_bounce_gives_skill_only_at_the_close():
     wild = [simulate_market(seed=seed, **KINDS["volatility"]) for seed in range(3)]
     assert min(best_skill(*market) for market in wild) > 0.003
     assert wild[0][1]["volatility"].autocorr(10) > 0.5 and abs(wild[0][1]["drift"]).max() < 0.01
@@ -323,7 +323,7 @@ def test_the_signal_is_in_the_features():
         assert np.corrcoef(shown[known], planted[known])[0, 1] > 0.98       # of recorded closes, not of efficient ones
 
 
-def test_the_drift_is_the_mean_and_the_volatility_the_deviation_of_what_follows():
+def test_the_drift_is_the_mean_and_the_volatility_the_standard_deviation_of_the_next_return():
     candles, truth = simulate_market(20_000, seed=9, strength=0.3)
     moved = np.log(truth["efficient"]).diff().to_numpy()[1:]
     surprise = (moved - truth["drift"].to_numpy()[:-1]) / truth["volatility"].to_numpy()[:-1]
@@ -353,7 +353,7 @@ def test_candles_hold_nothing_but_candles_and_no_future():
     assert short[0].index.equals(candles.index[:3000])
 
 
-def test_prices_stay_sane_over_many_years():
+def test_prices_stay_within_limits_over_many_years():
     for seed in range(8):
         for strength in (0, 0.25):
             candles, _ = simulate_market(20_000, seed, strength)

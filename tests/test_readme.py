@@ -74,7 +74,7 @@ def test_every_code_block_runs_as_written_and_in_order(clone, monkeypatch):
     assert names["decision"].reason == "" and names["decision"].decision in ("buy", "hold")
 
 
-def test_what_is_only_shown_exists_and_what_a_table_names_as_a_command_exists_too():
+def test_files_that_are_only_shown_exist_and_so_do_the_commands_of_the_tables():
     targets = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.M))
     assert set(ONLY_SHOWN) <= targets
     assert set(re.findall(r"`make ([a-z-]+)`", README)) | set(re.findall(r"^make ([a-z-]+)", README, re.M)) <= targets
@@ -116,7 +116,7 @@ def interrupted(words, folder):
 
 
 @pytest.mark.slow
-def test_each_exit_code_of_the_readme_can_be_met_and_there_are_no_others(tmp_path, monkeypatch, untraced):
+def test_each_exit_code_of_the_readme_occurs_and_no_others_exist(tmp_path, monkeypatch, untraced):
     documented = {int(code): text for code, text in re.findall(r"^\| (\d+) \| (.+) \|$", README, re.M)}
     (tmp_path / "a_coin.py").write_text(COIN)
     monkeypatch.syspath_prepend(tmp_path)                  # as `main` does with the working directory

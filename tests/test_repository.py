@@ -125,7 +125,7 @@ def test_noise_in_an_output_is_recognised(text, kind):
 @pytest.mark.parametrize("path", [path for path in PAGES if path.stem in ("weekly_retrain", "monitor", "benchmarks", "ablation", "tune",
                                                                      "gate_characteristics")],
                          ids=lambda path: path.stem)
-def test_a_papermill_page_has_exactly_one_parameters_cell_and_every_parameter_is_typed_and_told(path):
+def test_a_papermill_page_has_exactly_one_parameters_cell_and_every_parameter_has_a_type_and_a_help_text(path):
     import papermill
     cells = [cell for cell in nbformat.read(path, 4).cells if "parameters" in cell.metadata.get("tags", [])]
     assert len(cells) == 1
@@ -140,7 +140,7 @@ def test_the_settings_keep_the_parameters_tag_when_notebooks_are_cleaned():
     assert re.search(r"^clear_all *= *False$", text, re.M) and re.search(r"^update_pyproject *= *False$", text, re.M)
 
 
-def test_the_top_level_holds_what_it_should():
+def test_the_top_level_contains_the_documented_entries_only():
     done = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, text=True,
                           capture_output=True, check=True)
     tracked = done.stdout.split("\n")
@@ -171,7 +171,7 @@ def test_the_version_is_the_same_everywhere():
     assert re.search(rf"^version *= *{re.escape(ml_ensemble.__version__)}$", (ROOT / "settings.ini").read_text(), re.M)
 
 
-def test_the_workflows_are_valid_and_the_weekly_one_does_what_it_says():
+def test_the_workflows_are_valid_and_the_weekly_one_retrains_and_commits():
     files = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", *files]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -192,7 +192,7 @@ def test_models_are_kept_by_git_lfs():
     assert done.stdout.strip().endswith("filter: lfs")
 
 
-def test_the_feature_order_lies_in_the_configuration():
+def test_the_feature_order_is_in_the_configuration():
     from ml_ensemble.feature_manager import FEATURE_NAMES
     rows = json.loads((ROOT / "config/core/feature_order.json").read_text())["features"]
     assert tuple(row["name"] for row in rows) == FEATURE_NAMES

@@ -57,7 +57,7 @@ def inbox(monkeypatch):
     server.server_close()
 
 
-def test_the_store_has_the_layout_it_promises(trained):
+def test_the_store_has_the_documented_layout(trained):
     store, first, second = trained
     assert first.promoted and second.promoted
     here = {p.relative_to(store.root).as_posix() for p in store.root.rglob("*") if p.is_file()}
@@ -81,7 +81,7 @@ def test_the_configuration_as_it_stands_passes_its_gate_on_the_documented_market
     assert "skip_exec" not in outcome.report.with_suffix(".html").read_text()      # a note to nbdev_test, not to readers
 
 
-def test_a_custom_feature_and_an_isotonic_calibration_go_all_the_way_into_production(store, tmp_path, monkeypatch):
+def test_a_custom_feature_and_an_isotonic_calibration_reach_production(store, tmp_path, monkeypatch):
     (tmp_path / "my_features.py").write_text(
         "from ml_ensemble.custom_features import custom_feature\n\n"
         "@custom_feature(window=[11, 0], unit=\"ratio\")\n"
@@ -112,7 +112,7 @@ def test_the_same_data_and_seed_give_the_same_figures(trained):
     assert sha256_hex(learners(first)) == sha256_hex(learners(second))
 
 
-def test_the_metadata_answers_what_will_be_asked(trained):
+def test_the_metadata_holds_the_documented_fields(trained):
     store, _, second = trained
     facts = store.current()
     assert facts["version"] == second.version and facts["sequence"] == 2
@@ -152,7 +152,7 @@ def compared(store, *more):
     return compare_with_production(settings, market, data, blended, store, silent)
 
 
-def test_a_changed_recipe_is_held_against_the_champions_on_the_same_folds(trained, monkeypatch):
+def test_a_changed_recipe_is_compared_with_the_champions_on_the_same_folds(trained, monkeypatch):
     store, first, _ = trained
     lived, unchanged, changes = compared(store)
     assert unchanged.rows == 0 and unchanged.note == f"same recipe as champion {store.current()['version']}"
@@ -169,7 +169,7 @@ def test_a_changed_recipe_is_held_against_the_champions_on_the_same_folds(traine
     assert broken.rows == 0 and "with current code" in broken.note and "cannot run the recipe of champion" in broken.note
 
 
-def test_early_stopping_and_weights_reach_the_learners_and_are_told(trained):
+def test_early_stopping_and_weights_reach_the_learners_and_the_report(trained):
     store, first, _ = trained
     plain = {name: learner["parameters"]["n_estimators"] for name, learner in
              json.loads((store.root / "training/training_metadata.json").read_text())["learners"].items()}
@@ -189,7 +189,7 @@ def test_early_stopping_and_weights_reach_the_learners_and_are_told(trained):
         load_settings(["class_weight=balanced", "calibration=none"])
 
 
-def test_too_little_data_is_a_verdict_of_its_own(tmp_path, inbox, in_this_process):
+def test_too_few_data_give_the_verdict_not_enough_evidence(tmp_path, inbox, in_this_process):
     outcome = run(ModelStore(tmp_path / "models"), "min_samples=5000")
     assert not outcome.promoted and outcome.verdict.outcome == "not enough evidence"
     assert outcome.to_dict()["gate"]["bars_needed"] == 5000 and outcome.version is None
@@ -213,7 +213,7 @@ print(sorted({"sklearn", "lightgbm", "xgboost", "numba", "pydantic"} & set(sys.m
     assert done.stdout.splitlines() == ["1500 (1500, 2) 0.4", "[]"], done.stderr
 
 
-def test_the_report_shows_every_step_and_stands_alone(trained):
+def test_the_report_shows_every_step_and_is_self_contained(trained):
     _, first, _ = trained
     notebook = nbformat.read(first.report, 4)
     html = first.report.with_suffix(".html").read_text()
@@ -225,7 +225,7 @@ def test_the_report_shows_every_step_and_stands_alone(trained):
     assert not re.search(r"(import|from) [\"']https?:", html)
 
 
-def test_rollback_brings_the_version_before_back(trained_copy, monkeypatch, sandbox):
+def test_rollback_restores_the_version_before(trained_copy, monkeypatch, sandbox):
     features = FeatureManager().generate_features(sandbox)
     champion, before = trained_copy.current()["version"], ProductionEnsemble(store=trained_copy).predict_proba(features)
     other = trained_copy.promote(restore_ensemble(hand_made_payload()).to_bytes(), {"fingerprint": FeatureManager().fingerprint})
@@ -287,7 +287,7 @@ def test_a_run_that_fails_half_way_leaves_a_report_an_alert_and_production_untou
     assert store.history()[-1]["kind"] == "failure" and "GapError" in inbox[0]["message"]
 
 
-def test_a_broken_champion_does_not_stop_a_retrain(trained_copy, in_this_process):
+def test_a_damaged_champion_does_not_stop_a_retrain(trained_copy, in_this_process):
     store = trained_copy
     for path in (*store.production.glob("*.pkl"), *store.archive.glob("*.pkl")):
         path.write_bytes(b"damaged")
@@ -306,7 +306,7 @@ def test_a_passed_parameter_takes_effect_in_the_notebook(trained):
     assert len(tagged) == len(injected) == 1 and injected[0] == tagged[0] + 1
 
 
-def test_three_classes_and_triple_barrier_go_all_the_way(tmp_path, sandbox, in_this_process):
+def test_three_classes_and_triple_barrier_reach_production(tmp_path, sandbox, in_this_process):
     store = ModelStore(tmp_path / "models")
     labels = {"classes": 3, "method": "triple_barrier", "horizon": 4, "threshold": 0.015}
     outcome = run(store, *(f"{name}={value}" for name, value in labels.items()))
@@ -319,7 +319,7 @@ def test_three_classes_and_triple_barrier_go_all_the_way(tmp_path, sandbox, in_t
     assert set(np.unique(model.predict(FeatureManager().generate_features(sandbox)))) <= {-1, 0, 1}
 
 
-def test_the_diagnosis_of_a_healthy_store_and_of_a_sick_one(trained, trained_copy):
+def test_the_diagnosis_of_a_healthy_store_and_of_a_damaged_one(trained, trained_copy):
     store = trained[0]
     assert diagnose(store).healthy
     (trained_copy.production / "production_ensemble.pkl").write_bytes(b"damaged")
@@ -327,7 +327,7 @@ def test_the_diagnosis_of_a_healthy_store_and_of_a_sick_one(trained, trained_cop
     assert not sick.healthy and "serves instead" in next(f.seen for f in sick.findings if f.part == "production")
 
 
-def test_the_price_level_does_not_matter_to_the_model(trained, sandbox):
+def test_the_model_does_not_depend_on_the_price_level(trained, sandbox):
     model, scaled = ProductionEnsemble(store=trained[0]), sandbox.copy()
     scaled[["open", "high", "low", "close"]] *= 1000
     proba = lambda candles: model.predict_proba(FeatureManager().generate_features(candles))[49:]
@@ -335,7 +335,7 @@ def test_the_price_level_does_not_matter_to_the_model(trained, sandbox):
 
 
 @pytest.mark.parametrize("text", ["- a", "hello", "1: 2", "data:\n\tsource: x", "", "labels: 3"])
-def test_a_broken_configuration_is_told_and_somebody_hears_of_it(tmp_path, monkeypatch, inbox, text):
+def test_a_broken_configuration_is_reported_and_an_alert_is_sent(tmp_path, monkeypatch, inbox, text):
     for folder in ("config", "nbs"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     (tmp_path / "config/core/base.yaml").write_text(text)
@@ -353,7 +353,7 @@ def test_an_environment_variable_can_be_null_or_wrong(monkeypatch):
         load_settings()
 
 
-def test_a_version_whose_metadata_says_nothing_is_a_finding_not_a_crash(trained_copy):
+def test_a_version_with_empty_metadata_is_a_finding_and_no_crash(trained_copy):
     path = trained_copy.production / "production_model_metadata.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "created_at": "yesterday", "metrics": None}))
     assert {f.part: f.status for f in diagnose(trained_copy).findings}["figures"] == "fault"

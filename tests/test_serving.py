@@ -115,7 +115,7 @@ def test_a_replay_of_5000_real_bars_equals_the_batch_bit_by_bit(sp500, sp500_lea
     assert {a.version for a in answers} == {"20200101-0001"} and len({a.decision for a in answers}) >= 2
 
 
-def test_a_thousand_times_the_price_gives_the_same_probabilities(model):
+def test_prices_multiplied_by_a_thousand_give_the_same_probabilities(model):
     candles = simulate_market(600, seed=8)[0]
     dear = candles.assign(**{name: candles[name] * 1000 for name in ("open", "high", "low", "close")})
     first, second = model.predict_proba(FeatureManager().generate_features(candles)), \
@@ -130,7 +130,7 @@ def test_a_thousand_times_the_price_gives_the_same_probabilities(model):
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("piece", [1, 7, 512, 10_000])
-def test_an_answer_does_not_depend_on_the_piece_or_the_thread_it_came_in(features, threads, piece, monkeypatch):
+def test_a_prediction_does_not_depend_on_the_batch_or_the_thread(features, threads, piece, monkeypatch):
     for calibration in CALIBRATIONS:
         model = sandbox_ensemble(calibration=calibration)
         expected = model.predict_proba(features, threads=1)
@@ -139,7 +139,7 @@ def test_an_answer_does_not_depend_on_the_piece_or_the_thread_it_came_in(feature
             assert model.predict_proba(features, threads=threads).tobytes() == expected.tobytes()
 
 
-def test_warm_up_stands_where_the_bars_one_by_one_would(model):
+def test_warm_up_gives_the_state_of_the_bars_one_by_one(model):
     candles = simulate_market(300, seed=5)[0]
     by_bar, by_table = sandbox_ensemble(), sandbox_ensemble()
     for bar, time in zip(bars(candles[:200]), candles.index):
@@ -173,7 +173,7 @@ def dated(clock, **more):
     ("2025-09-13T20:00:01Z", MADE, {}, "expired: 14.0 days since the newest training bar, the limit is 14"),
     ("2025-09-16T00:00:00Z", MADE, {"data": {}}, "expired: 15.0 days since training, the limit is 14"),
     (None, MADE + timedelta(days=99), {"created_at": None}, "")])
-def test_a_model_grows_old_by_the_bars_it_sees_or_by_the_clock(features, time, clock, more, said):
+def test_the_age_of_a_model_is_counted_in_bars_or_by_the_clock(features, time, clock, more, said):
     model, row = dated(clock, **more), features.iloc[100]
     same = [time and datetime.fromisoformat(time), time and np.datetime64(time[:-1]), time and pd.Timestamp(time)]
     for moment in same:
@@ -184,7 +184,7 @@ def test_a_model_grows_old_by_the_bars_it_sees_or_by_the_clock(features, time, c
     assert np.isfinite(model.predict_proba(features)[49:]).all()          # a backtest may look anywhere
 
 
-def test_age_and_margin_come_with_the_artefact(features):
+def test_age_limit_and_margin_are_read_from_the_artefact(features):
     strict = sandbox_ensemble(max_age_days=3, range_margin=0.0)
     info = strict.get_model_info()
     assert info["max_age_days"] == 3.0 and info["range_margin"] == 0.0
@@ -218,7 +218,7 @@ def test_every_column_has_limits_on_both_sides_and_they_are_inclusive():
 
 @pytest.mark.parametrize("name, value", [("returns_1", 3.0), ("atr_14", 0.0), ("close", 0.0), ("ema_50", 1e-9),
                                          ("volume_ratio", 1e300), ("macd", -1e307)])
-def test_a_row_no_market_makes_is_withheld_one_by_one_and_in_a_table(model, features, name, value):
+def test_an_implausible_row_gives_an_abstention_one_by_one_and_in_a_table(model, features, name, value):
     row = features.iloc[100].copy()
     row[name] = value
     answer, table = model.predict_one(row), model.predict_proba(row.to_frame().T.reset_index(drop=True))
@@ -229,7 +229,7 @@ def test_a_row_no_market_makes_is_withheld_one_by_one_and_in_a_table(model, feat
         assert model.predict(row.to_frame().T)[0] == 0
 
 
-def test_a_decision_cannot_be_changed_and_says_all_there_is(model, features):
+def test_a_decision_is_immutable_and_complete(model, features):
     answer = model.predict_one(features.iloc[100])
     with pytest.raises(dataclasses.FrozenInstanceError):
         answer.decision = "buy"
@@ -247,7 +247,7 @@ def test_a_decision_cannot_be_changed_and_says_all_there_is(model, features):
     ((100, 101, -1, 100, 5), NegativeValueError), ((100, 101, 99, 100, -5), NegativeValueError),
     ((100, 99, 101, 100, 5), HighLowError), ((100, 101, 99, "100", 5), ColumnTypeError),
     ((100, 101, 99, True, 5), ColumnTypeError), ((100, 101, 99, None, 5), ColumnTypeError)])
-def test_a_bad_bar_is_a_named_error_and_leaves_the_stream_as_it_was(bar, error):
+def test_an_invalid_bar_is_a_named_error_and_leaves_the_stream_unchanged(bar, error):
     candles = simulate_market(120, seed=5)[0]
     model, untouched = sandbox_ensemble().warm_up(candles[:-1]), sandbox_ensemble().warm_up(candles[:-1])
     with pytest.raises(error):
@@ -257,7 +257,7 @@ def test_a_bad_bar_is_a_named_error_and_leaves_the_stream_as_it_was(bar, error):
 
 
 @pytest.mark.parametrize("hours, error", [(0, DuplicateError), (-4, UnsortedError), (8, GapError), (2, GapError)])
-def test_a_bar_out_of_time_is_a_named_error_and_leaves_the_stream_as_it_was(hours, error):
+def test_a_bar_out_of_order_is_a_named_error_and_leaves_the_stream_unchanged(hours, error):
     candles = simulate_market(120, seed=5)[0]
     model, untouched = sandbox_ensemble().warm_up(candles[:-1]), sandbox_ensemble().warm_up(candles[:-1])
     newest, last = candles.index[-2], bars(candles)[-1]
@@ -269,7 +269,7 @@ def test_a_bar_out_of_time_is_a_named_error_and_leaves_the_stream_as_it_was(hour
     assert model.decide(*last, time=candles.index[-1]) == untouched.decide(*last, time=candles.index[-1])
 
 
-def test_a_market_that_closes_has_no_gaps_but_still_an_order(sp500, sp500_learned):
+def test_a_market_that_closes_may_skip_bars_but_not_their_order(sp500, sp500_learned):
     data, learners = sp500_learned[2]
     model = make_ensemble(data, learners, WEIGHTS, 0.5).warm_up(sp500.iloc[:100])
     assert model._state.loaded.manager.calendar == "sessions"
@@ -304,7 +304,7 @@ def test_a_row_that_does_not_fit_is_a_named_error(model, features, name):
             model.predict_proba(wrong)
 
 
-def test_every_shape_of_one_row_gives_the_same_answer(model, features):
+def test_every_shape_of_one_row_gives_the_same_prediction(model, features):
     row = features.iloc[100]
     table = features.iloc[[100]]
     values = row.to_numpy()
@@ -316,7 +316,7 @@ def test_every_shape_of_one_row_gives_the_same_answer(model, features):
         model.predict_one(row)
 
 
-def test_rows_of_a_warm_up_are_told_from_rows_with_holes(model, features):
+def test_rows_of_a_warm_up_are_distinguished_from_rows_with_missing_values(model, features):
     for row in features.to_numpy()[:49]:
         answer = model.predict_one(row)
         assert answer.reason.startswith("warm-up: ") and answer.decision == "hold" and math.isnan(answer.probability)
@@ -332,13 +332,13 @@ def test_threads_are_a_whole_number(model, features, threads):
 # --- following production ---------------------------------------------------------------------------------------------
 
 
-def test_a_file_where_the_models_should_be_is_a_named_error(tmp_path):
+def test_a_file_in_place_of_the_models_folder_is_a_named_error(tmp_path):
     (tmp_path / "models").write_text("a file")
     with pytest.raises(ModelNotFoundError, match="ML_ENSEMBLE_MODELS"):
         ProductionEnsemble(store=ModelStore(tmp_path / "models"))
 
 
-def test_reload_swaps_version_and_keeps_the_stream(store):
+def test_reload_replaces_the_version_and_keeps_the_stream(store):
     first, second = sandbox_ensemble(seed=1), sandbox_ensemble(seed=2)
     store.promote(first.to_bytes(), {})
     model = ProductionEnsemble(store=store)
@@ -397,7 +397,7 @@ def pickled(payload):
 
 
 @pytest.mark.parametrize("kind", ["damaged", "hostile", "canary", "other features", "gone", "no metadata"])
-def test_a_bad_new_version_is_told_each_time_and_the_old_one_goes_on(store, features, kind):
+def test_an_invalid_new_version_is_reported_each_time_and_the_old_one_keeps_serving(store, features, kind):
     good = sandbox_ensemble().to_bytes()
     version = store.promote(good, {})["version"]
     model = ProductionEnsemble(store=store)
@@ -411,7 +411,7 @@ def test_a_bad_new_version_is_told_each_time_and_the_old_one_goes_on(store, feat
     assert model.reload_if_changed() is True and model.predict_one(features.iloc[100]).version == mended
 
 
-def test_a_promotion_under_way_gives_the_version_the_metadata_names(store, features):
+def test_during_a_promotion_the_version_named_by_the_metadata_is_served(store, features):
     store.promote(sandbox_ensemble().to_bytes(), {})
     model = ProductionEnsemble(store=store)
     named = store.promote(sandbox_ensemble(seed=2).to_bytes(), {})["version"]
@@ -435,7 +435,7 @@ def spread_4(bars):
     return bars.high.max() / bars.low.min() - 1
 
 
-def test_a_new_definition_of_the_features_begins_a_new_stream(store):
+def test_a_new_definition_of_the_features_starts_a_new_stream(store):
     candles = simulate_market(1500, seed=3)[0]
     wide = FeatureManager(custom=[spread_4])
     data, learners = learn(candles, manager=wide)
@@ -452,7 +452,7 @@ def test_a_new_definition_of_the_features_begins_a_new_stream(store):
 
 
 @pytest.mark.slow
-def test_80_000_decisions_on_8_threads_each_belong_to_one_version_through_50_swaps(store, features):
+def test_80_000_decisions_on_8_threads_each_come_from_one_version_during_50_promotions(store, features):
     """Half of them from rows, half from the shared stream, whose bars are so even that each version has one answer."""
     rows = features.to_numpy()[60:260]
     even, still = (100.0, 101.0, 99.0, 100.0, 5.0), 3000
@@ -537,7 +537,7 @@ print("failed:", failed, model.decide(*bar).reason == "")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_a_forked_child_decides_even_if_other_threads_were_in_the_middle_of_it(tmp_path):
+def test_a_forked_child_decides_even_if_other_threads_held_locks(tmp_path):
     (tmp_path / "model.pkl").write_bytes(sandbox_ensemble().to_bytes())
     # Without coverage, whose own lock stays closed in a child forked while another thread records a line.
     done = run(sys.executable, "-c", FORK, tmp_path / "model.pkl", env=clean_environment())
@@ -609,7 +609,7 @@ def test_compiled_trees_give_the_bits_of_decide_on_100_000_rows():
     assert batch.tobytes() == one_by_one.tobytes()
 
 
-def test_many_rows_are_answered_alike_with_and_without_numba(monkeypatch):
+def test_predictions_of_many_rows_are_equal_with_and_without_numba(monkeypatch):
     data, _ = sandbox_learned(2, 1)
     features = np.tile(data.features.to_numpy(), (COMPILE_FROM // len(data) + 1, 1))
     found = []
@@ -626,7 +626,7 @@ def test_many_rows_are_answered_alike_with_and_without_numba(monkeypatch):
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_figures_on_labelled_rows_are_scikit_learns(classes):
+def test_metrics_of_labelled_rows_equal_those_of_scikit_learn(classes):
     model = sandbox_ensemble(classes)
     candles = simulate_market(900, seed=21)[0]
     labels = forward_return_labels(candles, classes=classes)["label"]
@@ -697,7 +697,7 @@ def test_the_exported_graph_takes_raw_features_and_equals_predict_proba(features
         np.testing.assert_array_equal(decision[clear], model.predict(raw)[clear])
 
 
-def test_the_exported_graph_passes_custom_features_through_and_tells_of_them():
+def test_the_exported_graph_passes_custom_features_through_and_lists_them():
     wide = FeatureManager(custom=[spread_4])
     candles = simulate_market(1500, seed=3)[0]
     data, learners = learn(candles, manager=wide)

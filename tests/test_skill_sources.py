@@ -42,24 +42,24 @@ def bounce() -> SkillSources:
     return sources_of("sandbox_strength=0", "sandbox_spread=0.006", "sandbox_volatility=0.002")
 
 
-def test_bounce_shows_as_skill_at_the_close_and_as_nothing_at_the_next_open(bounce):
+def test_bounce_gives_skill_at_the_close_and_none_at_the_next_open(bounce):
     assert bounce.close[0] > 0.1 and bounce.close[1] > 0.1
     assert bounce.entry[1] < 0 and bounce.entry[0] < 0.01 and not above_zero(bounce.direction)
     assert "bid-ask bounce" in bounce.sentence() and "adds nothing" in bounce.sentence()
 
 
-def test_volatility_shows_as_skill_without_direction():
+def test_volatility_gives_skill_without_direction():
     found = sources_of("sandbox_strength=0", "sandbox_spread=0", "sandbox_clustering=0.8", "labels.threshold=0.015")
     assert above_zero(found.volatility) and above_zero(found.entry) and not above_zero(found.direction)
     assert "volatility alone has" in found.sentence() and "adds nothing" in found.sentence()
 
 
-def test_a_planted_drift_shows_as_direction():
+def test_a_planted_drift_gives_direction():
     found = sources_of("sandbox_strength=0.3")
     assert above_zero(found.direction) and found.direction[0] > 0.7 * found.entry[0] and "direction adds" in found.sentence()
 
 
-def test_opens_that_repeat_a_bouncing_close_are_judged_one_bar_later(tmp_path):
+def test_with_opens_that_repeat_closes_direction_is_measured_one_bar_later(tmp_path):
     candles, _ = simulate_market(4000, seed=1, strength=0, spread=0.006, volatility=0.002)
     opens = candles["close"].shift(1).fillna(candles["open"])
     copied = candles.assign(open=opens, high=np.maximum(candles["high"], opens), low=np.minimum(candles["low"], opens))
@@ -79,7 +79,7 @@ def test_the_spread_is_recovered_within_a_fifth_on_6000_bars(planted):
     assert abs(found / planted - 1) < 0.2
 
 
-def test_the_spread_is_the_library_s_and_knows_no_future():
+def test_the_spread_equals_the_librarys_estimate_and_uses_no_later_bar():
     import bidask
     candles, _ = simulate_market(2000, seed=2, spread=0.004)
     prices = [candles[name] for name in ("open", "high", "low", "close")]
@@ -91,7 +91,7 @@ def test_the_spread_is_the_library_s_and_knows_no_future():
     assert entry_delay(candles) == 0
 
 
-def test_costs_are_those_that_were_known_when_the_fold_began():
+def test_costs_are_those_known_at_the_start_of_the_fold():
     settings, market, data, walk, blended = prepared("sandbox_spread=0.004", "days=400")
     spread = known_spread(market.candles)
     for number, (_, _, begin, _) in enumerate(walk.folds, start=1):
@@ -110,7 +110,7 @@ def test_fills_are_at_the_next_open_whatever_the_labels():
         np.testing.assert_allclose(walk.returns, (opens.shift(-2) / opens.shift(-1) - 1).loc[walk.time])
 
 
-def test_label_ends_are_the_first_bars_that_know_the_price():
+def test_label_ends_are_the_first_bars_at_which_the_price_is_known():
     candles, _ = simulate_market(200, seed=1)
     for labels, horizon in ((forward_return_labels(candles, 3), 3), (triple_barrier_labels(candles, 3, 0.5), 3)):
         waited = candles.index.get_indexer(labels["end_time"]) - candles.index.get_indexer(labels.index)
@@ -120,7 +120,7 @@ def test_label_ends_are_the_first_bars_that_know_the_price():
     np.testing.assert_allclose(next_returns(candles)[:-2], forward_return_labels(candles)["forward_return"])
 
 
-def test_the_volatility_forecaster_cannot_see_a_sign():
+def test_the_volatility_forecast_does_not_depend_on_the_sign_of_returns():
     candles, _ = simulate_market(500, seed=1)
     mirror = 1 / candles.rename(columns={"high": "low", "low": "high"})[["open", "high", "low", "close"]]
     np.testing.assert_allclose(volatility_inputs(mirror), volatility_inputs(candles), atol=1e-9)
@@ -164,7 +164,7 @@ CASES = {"stablecoin": (quiet(4300), (), "not enough evidence"), "stablecoin, th
 
 
 @pytest.mark.parametrize("candles, overrides, outcome", CASES.values(), ids=CASES)
-def test_a_verdict_comes_out_however_rare_a_class_is(candles, overrides, outcome, tmp_path):
+def test_a_verdict_is_reached_however_rare_a_class_is(candles, overrides, outcome, tmp_path):
     candles.to_csv(tmp_path / "candles.csv")
     tiny = ("n_estimators=12", "learning_rate=0.2", "replications=100", "n_splits=3")
     settings, market, data, walk, blended = prepared(*tiny, *overrides, f"source=file:{tmp_path}/candles.csv")
@@ -214,7 +214,7 @@ def test_the_gate_passes_the_documented_market_and_warns_of_figures_too_good_for
     assert passed.passed and "direction adds" in passed.summary and "sandbox has a simulated drift" in passed.summary
 
 
-def test_where_no_buy_pays_the_money_is_shown_as_if_buys_were_free():
+def test_where_no_buy_covers_its_costs_the_money_bridge_shows_decisions_that_ignore_costs():
     candles, _ = simulate_market(600, seed=1)
     settings, market, data, walk, blended = prepared("days=300", "fee=0.05", "sandbox_strength=0")
     assert set(blended.oos.decide(blended.threshold)[walk.fold > 1]) == {0}

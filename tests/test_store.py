@@ -42,7 +42,7 @@ def test_a_truncated_model_is_not_read_and_the_archive_serves(store, share):
 
 
 @given(place=st.integers(0, len(MODEL) - 1), bit=st.integers(0, 7))
-def test_any_flipped_bit_is_noticed(tmp_path_factory, place, bit):
+def test_any_flipped_bit_is_detected(tmp_path_factory, place, bit):
     store = ModelStore(tmp_path_factory.mktemp("store"))
     store.promote(MODEL, {})
     damaged = bytearray(MODEL)
@@ -78,7 +78,7 @@ def test_damaged_metadata_is_a_named_error_and_the_last_good_version_serves(stor
     assert store.read()[1] == MODEL[::-1]
 
 
-def test_an_lfs_pointer_is_called_by_its_name(store):
+def test_an_lfs_pointer_is_reported_as_such(store):
     store.promote(MODEL, {})
     for path in (store.production / MODEL_FILE, *store.archive.glob("*.pkl")):
         path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n")
@@ -172,7 +172,7 @@ def test_a_version_that_is_a_path_is_refused(store, version):
         archived(store, version)
 
 
-def test_two_promoters_never_share_a_number(tmp_path):
+def test_two_concurrent_promotions_never_share_a_number(tmp_path):
     script = ("import sys; from ml_ensemble.versioning import ModelStore\n"
               "for k in range(15): ModelStore(sys.argv[1]).promote(sys.argv[2].encode(), {})")
     running = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path), name]) for name in "ab"]
@@ -377,7 +377,7 @@ def other_graph():
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_model_is_refused_and_nothing_of_it_runs(store, tmp_path, name):
+def test_a_hostile_model_is_refused_and_none_of_its_code_runs(store, tmp_path, name):
     marker = tmp_path / "ran"
     model = HOSTILE[name](marker)
     store.promote(model, {})                      # its hash is right: only the loader stands between it and the process
@@ -403,7 +403,7 @@ def test_the_hostile_models_are_hostile(tmp_path):
         assert marker.exists(), name
 
 
-def test_a_sound_model_is_read_as_pickle_would_read_it():
+def test_a_valid_model_is_read_as_pickle_would_read_it():
     payload = hand_made_payload()
     model = program(OURS, data(payload), CALL)
     assert read_payload(model) == payload
@@ -414,14 +414,14 @@ def test_a_sound_model_is_read_as_pickle_would_read_it():
     assert read_payload(program(OURS, data(big), CALL)) == big
 
 
-def test_every_error_says_what_to_do():
+def test_every_error_has_a_remedy():
     kinds = [kind for kind in vars(core).values() if isinstance(kind, type) and issubclass(kind, MLEnsembleError)]
     assert len(kinds) > 15
     for kind in kinds:
         assert str(kind("value 3 is above the limit 2", "Use 2.")) == "value 3 is above the limit 2. Use 2."
 
 
-def test_damaged_metadata_after_a_rollback_does_not_bring_back_what_was_rolled_back(store):
+def test_damaged_metadata_after_a_rollback_does_not_restore_the_rejected_version(store):
     first = store.promote(b"good", {})["version"]
     store.promote(b"bad", {})
     store.rollback("it lost money")
@@ -442,7 +442,7 @@ def test_an_archived_version_is_never_overwritten(store):
     assert store.read(first)[1] == b"first"
 
 
-def test_a_stump_or_a_stranger_in_the_history_is_passed_over(store):
+def test_truncated_and_foreign_entries_in_the_history_are_skipped(store):
     store.promote(b"first", {})
     with open(store.archive / "history.jsonl", "a") as file:
         file.write('[1]\n{"sequence": 99}\n{"at": "2025-09-0')

@@ -65,7 +65,7 @@ def test_labels_of_unequal_length_are_purged_by_their_end_and_not_by_their_numbe
                                                                        ([0, 1, 2, 4, 5], [6, 7, 8])]
 
 
-def test_time_counts_and_not_the_row_where_bars_are_missing():
+def test_where_bars_are_missing_the_time_counts_and_not_the_row():
     # A night lies between bars 3 and 20. Labels of two hours are settled before the next day's first bar.
     start = np.array([0, 1, 2, 3, 20, 21, 22, 23])
     found = split(CombinatorialPurgedSplit(2, 1, min_train=1), start, start + 2)
@@ -225,7 +225,7 @@ def test_scikit_learn_takes_them_and_times_may_come_in_any_form(splitter):
         cross_validate(DummyClassifier(), X, y, cv=splitter)
 
 
-def test_nothing_is_handed_out_when_a_later_split_would_be_refused():
+def test_no_split_is_returned_if_a_later_one_would_be_refused():
     start, end = np.arange(30), np.arange(30)
     end[10:20] = 25                                                      # the second block is settled late
     assert refusals(lambda: next(PurgedWalkForward(2, "rolling", min_train=1).split(at(start), groups=at(end)))) is None
