@@ -52,7 +52,7 @@ VALUE_RULES = (
          "Repair the source: a division by zero upstream is the usual cause."),
     Rule("negative_value", NegativeValueError,
          lambda c: _any(lambda x: x < MIN_PRICE, c, PRICES) | (c["volume"] < 0),
-         lambda c, t: f"{_first(lambda x: x < MIN_PRICE, c, t, PRICES)}, prices must be above 0 (the limit is {MIN_PRICE:g})"
+         lambda c, t: _first(lambda x: x < MIN_PRICE, c, t, PRICES) + f", prices must be above 0 (limit: {MIN_PRICE:g})"
          if any(c[p][t] < MIN_PRICE for p in PRICES) else f"volume is {c['volume'][t]:g}, the limit is 0",
          "Repair the source: prices are above 0, volumes are not negative."),
     Rule("high_low", HighLowError, _high_low,

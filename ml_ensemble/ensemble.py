@@ -121,8 +121,8 @@ class _Predictor:
         -------
         Decision
             `decision`, `probability` and `probabilities`. `reason` is empty, or names the cause of an abstention (the
-            decision is then `hold` and the probabilities are NaN): the warm-up, an expired model, model metadata without
-            a valid time, or a model input outside the training range.
+            decision is then `hold` and the probabilities are NaN): the warm-up, an expired model, metadata without a
+            valid time, or a model input outside the training range.
 
         Raises
         ------
@@ -539,7 +539,8 @@ def _follow_production(ensemble: ProductionEnsemble, features: FeatureManager | 
     "Load the version in production if it is another one, and replace the loaded one as a whole."
     store = ensemble._store
     if store is None:
-        raise StoreError("this ensemble was loaded as a fixed version", "Use ProductionEnsemble() to follow production.")
+        raise StoreError("this ensemble was loaded as a fixed version",
+                         "Use ProductionEnsemble(), which loads the version in production.")
     stat = _production_stat(store)
     if stat == ensemble._seen_stat and features is None:
         return False
@@ -572,7 +573,7 @@ def _labels_of(y, X, classes: list[int]) -> np.ndarray:
 
 # %% ../nbs/15_ensemble.ipynb #a1c05e53
 def _validation_metrics(loaded: LoadedModel, X, y) -> dict:
-    "Log loss, skill, weighted F1 and accuracy of a version on labelled rows; see `ProductionEnsemble.validate_predictions`."
+    "Metrics of a version on labelled rows; see `ProductionEnsemble.validate_predictions`."
     classes = loaded.payload["classes"]
     proba = predict_proba(loaded, X)
     labels = _labels_of(y, X if hasattr(X, "index") and hasattr(X, "columns") else proba, classes)
@@ -622,7 +623,7 @@ def _markdown_table(info: dict) -> str:
             "abstains from": expires or "never: no metadata", "classes": meaning + threshold,
             "weights": ", ".join(f"{name} {share:g}" for name, share in info["weights"].items()),
             "calibration": info["calibration"]["kind"], "features": f"{info['n_features']}, {info['calendar']}",
-            "known range": f"range of the training bars, extended by {info['range_margin']:g} of its width on both sides",
+            "known range": f"that of the training bars, extended by {info['range_margin']:g} of its width",
             "graph": f"{info['graph_bytes']:,} bytes"}
     lines = (f"| {name} | {value} |" for name, value in rows.items())
     return "\n".join(["| ProductionEnsemble | |", "|---|---|", *lines])

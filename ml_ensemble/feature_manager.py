@@ -835,7 +835,27 @@ def _name_times(ax, index) -> None:
 # %% ../nbs/04_feature_manager.ipynb #eff87a01
 class FeatureStream:
     """Features bar by bar, created by `FeatureManager.stream()`.
-    It has no clock and no lock: pass every bar exactly once."""
+
+    The stream has no clock and no lock: pass every bar exactly once, in order, from one thread.
+
+    Parameters
+    ----------
+    manager : FeatureManager
+        Definition of the features.
+
+    Raises
+    ------
+    FeatureError
+        `manager` is not a FeatureManager.
+
+    Examples
+    --------
+    >>> stream = FeatureStream(FeatureManager()).warm_up(candles)
+    >>> saved = stream.to_json()                                   # after every bar; read it after a restart
+    >>> values = FeatureStream.from_json(saved).step(100.0, 101.0, 99.0, 100.5, 12.0)
+    >>> values.tolist() == stream.step(100.0, 101.0, 99.0, 100.5, 12.0).tolist()
+    True
+    """
 
     def __init__(self, manager: FeatureManager):
         if not isinstance(manager, FeatureManager):
@@ -884,7 +904,30 @@ class FeatureStream:
         return np.array((*values, *own))
 
     def warm_up(self, history) -> "FeatureStream":
-        "Process every row of a table of candles after those already processed; an error leaves the state unchanged."
+        """Process a table of candles after the bars already processed.
+
+        Parameters
+        ----------
+        history : pandas.DataFrame
+            Candles of one market, as in `FeatureManager.generate_features`.
+
+        Returns
+        -------
+        FeatureStream
+            This object.
+
+        Raises
+        ------
+        DataError, FeatureError
+            As in `FeatureManager.generate_features`; the state is then the same as before the call. The distance
+            between the table and the bars already processed is not checked.
+
+        Examples
+        --------
+        >>> stream = FeatureManager().stream().warm_up(candles[:100]).warm_up(candles[100:])
+        >>> stream.to_json() == FeatureManager().stream().warm_up(candles).to_json()
+        True
+        """
         columns, buffer = ohlcv_columns(history), copy.copy(self._buffer)
         check_ohlcv(columns, self.manager.calendar)
         custom_columns(buffer, columns)
@@ -895,7 +938,19 @@ class FeatureStream:
         return self
 
     def to_json(self) -> str:
-        "The state as JSON, with the fingerprint of the definition it belongs to."
+        """State of the stream as text.
+
+        Returns
+        -------
+        str
+            JSON with the fingerprint of the feature definition; `from_json` restores it without loss.
+
+        Examples
+        --------
+        >>> import json
+        >>> json.loads(FeatureManager().stream().warm_up(candles).to_json())["bars"]
+        300
+        """
         state, closes, volumes = self._memory
         saved = dict(zip(STATE, state)) | {"closes": closes, "volumes": volumes}
         own = {"custom_bars": self._buffer.last_bars()} if self.manager._custom else {}
@@ -903,7 +958,31 @@ class FeatureStream:
 
     @classmethod
     def from_json(cls, text: str, manager: FeatureManager | None = None) -> "FeatureStream":
-        "Restore a stream from the output of `to_json`; `manager` is required if it has custom features."
+        """Restore a stream from the output of `to_json`.
+
+        Parameters
+        ----------
+        text : str
+            Output of `to_json`.
+        manager : FeatureManager, optional
+            The manager that created the stream; required if it has custom features.
+
+        Returns
+        -------
+        FeatureStream
+            A new stream with the saved state.
+
+        Raises
+        ------
+        FeatureError
+            The text is damaged, or belongs to another definition of the features.
+
+        Examples
+        --------
+        >>> FeatureStream.from_json("{}")
+        Traceback (most recent call last):
+        ml_ensemble.core.FeatureError: the saved stream is damaged ('fingerprint'). Warm up a new stream from history.
+        """
         stream = cls(FeatureManager() if manager is None else manager)
         _restore_stream(stream, text)
         return stream

@@ -71,7 +71,7 @@ def _update_moves(bars, warm, previous, gain, loss, atr, high, low, close):
 
 # %% ../nbs/01_indicators.ipynb #1a7a7faa
 def _update_sums(bars, anchor, total, squares, traded, closes, volumes, close, volume):
-    "Add the bar to the ring buffers; return the anchor and the sums of closes, their squares (relative to it) and volumes."
+    "Add the bar to the ring buffers; return the anchor and the sums of closes, their squares, and volumes."
     bars &= _POSITIVE
     slot = bars % WINDOW
     if bars == 0:
@@ -164,8 +164,8 @@ _MAX_TIME_NS = 2**62   # nanoseconds, 146 years from 1970: excludes NaT, which i
 
 def is_valid_bar(open, high, low, close, volume):
     "Whether the prices and the volume of a bar are finite, positive and consistent."
-    return ((MIN_PRICE <= low) & (low <= open) & (low <= close) & (open <= high) & (close <= high) & (high <= MAX_NUMBER)
-            & (0.0 <= volume) & (volume <= MAX_NUMBER))
+    return ((MIN_PRICE <= low) & (low <= open) & (low <= close) & (open <= high) & (close <= high)
+            & (high <= MAX_NUMBER) & (0.0 <= volume) & (volume <= MAX_NUMBER))
 
 def _count_faults(time, shortest, longest, open, high, low, close, volume):
     "Number of invalid bars, plus the number of distances to the previous bar below `shortest` or above `longest`."

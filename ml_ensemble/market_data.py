@@ -24,16 +24,16 @@ with requires_extra():
 @dataclass(frozen=True)
 class _Request:
     """Arguments of a reader."""
-    place: str           # text after the colon
+    path: str            # text after the colon, for a file
     days: float | None   # length of history, if limited
-    bar: str             # this and all below are for the sandbox
+    bar: str             # this field and all below are for the sandbox
     seed: int
     strength: float
     spread: float
     volatility: float
     clustering: float
 
-_Reader = Callable[[_Request], tuple[pd.DataFrame, pd.DataFrame | None]]   # any table of candles; true probabilities or None
+_Reader = Callable[[_Request], tuple[pd.DataFrame, pd.DataFrame | None]]   # table of candles; `truth` of a simulation
 
 def _read_sandbox(request: _Request) -> tuple[pd.DataFrame, pd.DataFrame]:
     bars = (request.days or 1100) * pd.Timedelta(1, unit="D") / bar_length(request.bar)
@@ -42,15 +42,15 @@ def _read_sandbox(request: _Request) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 # %% ../nbs/25_market_data.ipynb #df1cd574
 def _read_file(request: _Request) -> tuple[pd.DataFrame, None]:
-    return read_candle_file(request.place), None
+    return read_candle_file(request.path), None
 
 def _source_reader(
-    source: str,  # kind, or kind:place
+    source: str,  # kind, or kind:path
 ) -> _Reader:
     "Reader of a kind of source; ConfigError names the supported kinds."
     readers = {"sandbox": _read_sandbox, "file": _read_file}
-    kind, _, place = source.partition(":")
-    if kind not in readers or bool(place) != (kind == "file"):
+    kind, _, path = source.partition(":")
+    if kind not in readers or bool(path) != (kind == "file"):
         raise ConfigError(f"there is no source {source!r}",
                           "Use sandbox or file:PATH. No live exchange is supported yet.")
     return readers[kind]
@@ -134,8 +134,8 @@ def load_candles(
     Raises
     ------
     ConfigError
-        The source, a repair or the calendar is unknown, `days` is not finite and above 0, or a setting of the sandbox is
-        outside its limits.
+        The source, a repair or the calendar is unknown, `days` is not finite and above 0, or a setting of the sandbox
+        is outside its limits.
     DataError
         The file does not exist, has an unknown suffix or cannot be read.
     EmptyDataError

@@ -16,8 +16,8 @@ from pathlib import Path
 from warnings import warn
 
 from .core import (IntegrityError, LFSPointerError, ModelNotFoundError, StaleStoreError, StoreError, iso,
-                              models_dir, readable_json, requires_extra, sha256_hex, sync_directory, utc_now, version_id,
-                              write_atomic)
+                              models_dir, readable_json, requires_extra, sha256_hex, sync_directory, utc_now,
+                              version_id, write_atomic)
 
 # %% ../nbs/10_versioning.ipynb #a3cd456d
 MODEL_FILE = "production_ensemble.pkl"
@@ -351,8 +351,8 @@ class ModelStore:
         Returns
         -------
         filelock.FileLock
-            A context manager. Entering it waits up to 60 seconds, then raises `filelock.Timeout`. The same thread may
-            not enter it twice.
+            A context manager. Entering it waits up to 60 seconds, then raises `filelock.Timeout`. Do not call
+            `promote`, `rollback` or `backup` in the block: they wait for the same lock.
 
         Raises
         ------
@@ -407,7 +407,7 @@ def _read_production(store: ModelStore) -> tuple[dict, bytes]:
         return _read_fallback(store, version, error)
 
 def _read_fallback(store: ModelStore, newest: str, fault: StoreError) -> tuple[dict, bytes]:
-    "The archived copy of version `newest`, or the newest intact one before it, with a warning; raise `fault` if none is."
+    "The archived copy of version `newest`, or the newest intact one before it, with a warning; else raise `fault`."
     for version in reversed([v for v in store.versions() if _sequence_number(v) <= _sequence_number(newest)]):
         try:
             facts, model = read_archived(store, version)
