@@ -524,13 +524,13 @@ def _production_stat(store: ModelStore) -> tuple | None:
         return None
     return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
-def _read_version_bytes(store: ModelStore, facts: dict) -> bytes:
-    "The bytes of the version that `facts` describes, never of another one."
+def _read_version_bytes(store: ModelStore, metadata: dict) -> bytes:
+    "The bytes of the version that `metadata` describes, never of another one."
     try:
-        return verify_bytes(read_bytes(store.production / MODEL_FILE), facts, f"production/{MODEL_FILE}")
+        return verify_bytes(read_bytes(store.production / MODEL_FILE), metadata, f"production/{MODEL_FILE}")
     except IntegrityError as fault:
         try:
-            return verify_bytes(read_archived(store, facts["version"])[1], facts, "archive")
+            return verify_bytes(read_archived(store, metadata["version"])[1], metadata, "archive")
         except StoreError:
             raise fault from None
 
@@ -545,11 +545,11 @@ def _follow_production(ensemble: ProductionEnsemble, features: FeatureManager | 
     if stat == ensemble._seen_stat and features is None:
         return False
     with ensemble._changing:
-        live, facts = ensemble._state, read_metadata(store.production / METADATA_FILE)
-        same = facts["sha256"] == live.loaded.metadata["sha256"] and facts["version"] == live.loaded.version
+        live, metadata = ensemble._state, read_metadata(store.production / METADATA_FILE)
+        same = metadata["sha256"] == live.loaded.metadata["sha256"] and metadata["version"] == live.loaded.version
         if not same or features is not None:
             new, old = features or live.loaded.manager, live.feed.manager
-            loaded = open_payload(read_payload(_read_version_bytes(store, facts)), facts, new)
+            loaded = open_payload(read_payload(_read_version_bytes(store, metadata)), metadata, new)
             unchanged = (new.fingerprint, new.calendar) == (old.fingerprint, old.calendar)
             ensemble._state = ServingState(loaded, live.feed if unchanged else LiveStream(new, bar_interval_ns(loaded)))
         ensemble._seen_stat = stat
@@ -591,10 +591,10 @@ def _validation_metrics(loaded: LoadedModel, X, y) -> dict:
 # %% ../nbs/15_ensemble.ipynb #ba63558f
 def _model_info(loaded: LoadedModel) -> dict:
     "Description of a loaded model, JSON-safe."
-    facts, payload = loaded.metadata, loaded.payload
+    metadata, payload = loaded.metadata, loaded.payload
     limits = {name: list(limit) for name, limit in zip(payload["view"], loaded.limits)}
-    return {**{key: facts.get(key) for key in ("version", "sequence", "created_at", "sha256", "data", "metrics")},
-            "format": payload["format"], "size_bytes": facts.get("size_bytes"), "graph_bytes": len(payload["model"]),
+    return {**{key: metadata.get(key) for key in ("version", "sequence", "created_at", "sha256", "data", "metrics")},
+            "format": payload["format"], "size_bytes": metadata.get("size_bytes"), "graph_bytes": len(payload["model"]),
             "max_age_days": payload["max_age_days"], "expires_at": _expiry_of(loaded),
             "weights": dict(payload["weights"]), "classes": list(payload["classes"]),
             "calibration": dict(payload["calibration"]), "decision_threshold": payload["decision_threshold"],

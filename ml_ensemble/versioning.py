@@ -198,14 +198,14 @@ class ModelStore:
         """
         return _read_history(self.archive / "history.jsonl")
 
-    def record(self, kind: str, **facts) -> dict:
+    def record(self, kind: str, **fields) -> dict:
         """Append an event to the history.
 
         Parameters
         ----------
         kind : str
             Kind of the event.
-        **facts
+        **fields
             Further fields, JSON-safe; those that are None are omitted.
 
         Returns
@@ -225,7 +225,7 @@ class ModelStore:
         >>> store.record("note", text="fees changed")
         {'at': '2025-09-01T00:00:00Z', 'kind': 'note', 'text': 'fees changed'}
         """
-        return _append_history(self.archive / "history.jsonl", {"at": iso(self.clock()), "kind": kind, **facts})
+        return _append_history(self.archive / "history.jsonl", {"at": iso(self.clock()), "kind": kind, **fields})
 
     def promote(self, model: bytes, metadata: dict, *, expected: int | None = None,
                 verify: Callable[[Path], None] | None = None) -> dict:
@@ -236,8 +236,8 @@ class ModelStore:
         model : bytes
             Content of the model file, as returned by `ProductionEnsemble.to_bytes`.
         metadata : dict
-            Further fields of the metadata, JSON-safe. `version`, `sequence`, `sha256`, `size_bytes` and `event` are
-            added.
+            Further fields of the metadata, JSON-safe. The reserved fields `version`, `sequence`, `sha256`,
+            `size_bytes` and `event` are added: do not pass them.
         expected : int, optional
             Sequence number of the version in production with which the model was compared, 0 for none. By default it
             is not checked.
@@ -378,12 +378,12 @@ def archived(store: ModelStore, version: str) -> tuple[Path, Path]:
 
 def read_archived(store: ModelStore, version: str) -> tuple[dict, bytes]:
     "Metadata and verified bytes of an archived version."
-    model, metadata = archived(store, version)
-    if not metadata.exists():
+    model_path, metadata_path = archived(store, version)
+    if not metadata_path.exists():
         known = ", ".join(store.versions()[-5:]) or "none"
         raise ModelNotFoundError(f"version {version} is not in the archive", f"There are: {known}.")
-    facts = read_metadata(metadata)
-    return facts, verify_bytes(read_bytes(model), facts, f"archive/{model.name}")
+    metadata = read_metadata(metadata_path)
+    return metadata, verify_bytes(read_bytes(model_path), metadata, f"archive/{model_path.name}")
 
 def read_bytes(path: Path) -> bytes:
     "The content of a model file; IntegrityError if it cannot be read."
@@ -398,9 +398,9 @@ def _read_production(store: ModelStore) -> tuple[dict, bytes]:
     "Metadata and verified bytes of the version in production, or of the newest intact one before it."
     version = _last_in_production(store)
     try:
-        facts = read_metadata(store.production / METADATA_FILE)
-        version = facts["version"]
-        return facts, verify_bytes(read_bytes(store.production / MODEL_FILE), facts, f"production/{MODEL_FILE}")
+        metadata = read_metadata(store.production / METADATA_FILE)
+        version = metadata["version"]
+        return metadata, verify_bytes(read_bytes(store.production / MODEL_FILE), metadata, f"production/{MODEL_FILE}")
     except StoreError as error:
         if version is None:
             raise
@@ -410,11 +410,11 @@ def _read_fallback(store: ModelStore, newest: str, fault: StoreError) -> tuple[d
     "The archived copy of version `newest`, or the newest intact one before it, with a warning; else raise `fault`."
     for version in reversed([v for v in store.versions() if _sequence_number(v) <= _sequence_number(newest)]):
         try:
-            facts, model = read_archived(store, version)
+            metadata, model = read_archived(store, version)
         except StoreError:
             continue
         warn(f"{fault} Version {version} from the archive serves instead.", RuntimeWarning, stacklevel=4)
-        return facts, model
+        return metadata, model
     raise fault
 
 def _sequence_number(version: str) -> int:
@@ -428,7 +428,7 @@ def _last_in_production(store: ModelStore) -> str | None:
     return version if isinstance(version, str) and _VERSION.fullmatch(version) else None
 
 # %% ../nbs/10_versioning.ipynb #415f8742
-def _timestamp(metadata: dict, model: bytes, sequence: int, now: datetime, current: dict | None) -> dict:
+def _complete_metadata(metadata: dict, model: bytes, sequence: int, now: datetime, current: dict | None) -> dict:
     "Complete the metadata of a new version."
     return {"version": version_id(sequence, now), "sequence": sequence, "sha256": sha256_hex(model),
             "size_bytes": len(model), **metadata,
@@ -447,44 +447,44 @@ def _promote_new(store: ModelStore, model: bytes, metadata: dict, expected: int 
     if expected is not None and expected != present:
         raise StaleStoreError(f"production is at sequence {present}, the candidate was compared with {expected}",
                               "Retrain: the candidate must be compared with the version in production.")
-    facts = _timestamp(metadata, model, _next_sequence(store, current), now, current)
-    paths = archived(store, facts["version"])
+    complete = _complete_metadata(metadata, model, _next_sequence(store, current), now, current)
+    paths = archived(store, complete["version"])
     try:
         write_atomic(paths[0], model)
-        write_atomic(paths[1], readable_json(facts))
+        write_atomic(paths[1], readable_json(complete))
         if verify:
             verify(paths[0])
-        install(store, model, facts)
+        install(store, model, complete)
     except BaseException:
-        if (present_or_damaged(store) or {}).get("version") != facts["version"]:
+        if (present_or_damaged(store) or {}).get("version") != complete["version"]:
             for path in paths:
                 path.unlink(missing_ok=True)
         raise
-    return facts
+    return complete
 
 # %% ../nbs/10_versioning.ipynb #a16bdf7d
-def install(store: ModelStore, model: bytes, facts: dict) -> None:
+def install(store: ModelStore, model: bytes, metadata: dict) -> None:
     "Back up, replace the production pair (metadata last) and write the history."
     backup = _backup_pair(store) if (store.production / METADATA_FILE).exists() else None
     try:
         write_atomic(store.production / MODEL_FILE, model)
-        write_atomic(store.production / METADATA_FILE, readable_json(facts))
+        write_atomic(store.production / METADATA_FILE, readable_json(metadata))
     except OSError as error:
-        if (present_or_damaged(store) or {}).get("sequence") != facts["sequence"]:
+        if (present_or_damaged(store) or {}).get("sequence") != metadata["sequence"]:
             if backup:
                 _restore_production(backup / MODEL_FILE, store.production / MODEL_FILE)
             raise
-        warn(f"version {facts['version']} is in production, but the disk did not confirm it ({error})",
+        warn(f"version {metadata['version']} is in production, but the disk did not confirm it ({error})",
              RuntimeWarning, stacklevel=2)
-    _record_change(store, facts)
+    _record_change(store, metadata)
 
-def _record_change(store: ModelStore, facts: dict) -> None:
+def _record_change(store: ModelStore, metadata: dict) -> None:
     "Append a change of production to the history; a warning if the line cannot be written."
     try:
-        store.record(facts["event"]["kind"], sequence=facts["sequence"], version=facts["version"],
-                     replaced=facts["event"]["replaced"], reason=facts["event"].get("reason"))
+        store.record(metadata["event"]["kind"], sequence=metadata["sequence"], version=metadata["version"],
+                     replaced=metadata["event"]["replaced"], reason=metadata["event"].get("reason"))
     except OSError as error:
-        warn(f"version {facts['version']} is in production, but the history lacks it ({error})",
+        warn(f"version {metadata['version']} is in production, but the history lacks it ({error})",
              RuntimeWarning, stacklevel=2)
 
 def _restore_production(backup: Path, target: Path) -> None:
@@ -526,14 +526,14 @@ def _roll_back(store: ModelStore, reason: str, version: str | None, verify) -> d
         raise StoreError("the rollback has no reason", "Pass a reason: `ml-ensemble rollback --reason \"...\"`.")
     current = present_or_damaged(store)
     version = version or _version_before(store, current)
-    facts, model = read_archived(store, version)
+    metadata, model = read_archived(store, version)
     if verify:
         verify(archived(store, version)[0])
     event = {"kind": "rollback", "at": iso(store.clock()), "reason": reason,
              "replaced": current["version"] if current else None}
-    facts = {**facts, "sequence": _next_sequence(store, current), "event": event}
-    install(store, model, facts)
-    return facts
+    metadata = {**metadata, "sequence": _next_sequence(store, current), "event": event}
+    install(store, model, metadata)
+    return metadata
 
 def _version_before(store: ModelStore, current: dict | None) -> str:
     "The newest archived version older than the one in production."
