@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from types import FunctionType
 
 import numpy as np
 
@@ -133,8 +132,9 @@ def _compile_loop(cached: bool) -> Callable:
     "`_add_leaves`, compiled by numba and run once for each kind of mask, so that whatever fails, fails here."
     from numba import njit
     from numba.cpython.unsafe.numbers import trailing_zeros
-    scope = {**globals(), "_trailing_zeros": trailing_zeros}
-    loop = njit(cache=cached, nogil=True)(FunctionType(_add_leaves.__code__, scope, "add_leaves"))
+    from numba.extending import overload
+    overload(_trailing_zeros)(lambda bits: lambda bits: trailing_zeros(bits))    # in compiled code, the instruction
+    loop = njit(cache=cached, nogil=True)(_add_leaves)
     none, edges, one = np.zeros(0, np.int32), np.zeros(2, np.int64), np.zeros((1, 1), np.float32)
     for kind in _MASKS:
         loop(one, none, one[0, :0], np.zeros(0, kind), edges, np.array([0, 1]), one, *np.zeros((2, 1), kind), one.copy())
@@ -152,7 +152,7 @@ def _leaf_sums(table: _LeafTable, x: np.ndarray) -> np.ndarray:
     loop = compiled_loop()
     assert loop is not None                              # split_graph makes no tables without it
     loop(x, table.column, table.threshold, table.mask, table.split, table.start, table.value,
-                    np.full(1, -1).astype(table.mask.dtype), np.empty(x.shape[1], table.mask.dtype), total)
+         np.full(1, -1).astype(table.mask.dtype), np.empty(x.shape[1], table.mask.dtype), total)
     return total.T + table.base
 
 # %% ../nbs/12_compiled_trees.ipynb #20f1de8e

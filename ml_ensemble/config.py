@@ -81,7 +81,8 @@ class LearnerSettings(Section):
             try:
                 canonical_json(value)
             except (TypeError, ValueError):
-                raise ValueError(f"{name} is {value!r}, which is not a finite number, a text, a list or a mapping") from None
+                raise ValueError(f"{name} is {value!r}, which is not a finite number, "
+                                 "a text, a list or a mapping") from None
         return self
 
 class LightGBMSettings(LearnerSettings):
@@ -198,11 +199,12 @@ def _with_own_names(tree: dict) -> dict:
     learners = tree.get("learners")
     if not isinstance(learners, Mapping):
         return tree
-    renamed = {name: own_names(name, {key: _parsed(name, key, value) for key, value in own.items()})
-               if name in LearnersSettings.model_fields and isinstance(own, Mapping) else own for name, own in learners.items()}
+    renamed = {name: own_names(name, {key: _parse_text(name, key, value) for key, value in parameters.items()})
+               if name in LearnersSettings.model_fields and isinstance(parameters, Mapping) else parameters
+               for name, parameters in learners.items()}
     return {**tree, "learners": renamed}
 
-def _parsed(learner: str, name: str, value):
+def _parse_text(learner: str, name: str, value):
     "Parse a text from the environment as YAML; leave fields with a declared type to pydantic."
     declared = LearnersSettings.model_fields[learner].annotation
     if not isinstance(value, str) or name in getattr(declared, "model_fields", {}):
@@ -210,7 +212,8 @@ def _parsed(learner: str, name: str, value):
     try:
         return yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise ConfigError(f"the value {value!r} of {name} of {learner} is not YAML", "For example: [1, 0, 0].") from error
+        raise ConfigError(f"the value {value!r} of {name} of {learner} is not YAML",
+                          "For example: [1, 0, 0].") from error
 
 # %% ../nbs/21_config.ipynb #d1646352
 class _YamlSource(YamlConfigSettingsSource):
@@ -251,12 +254,13 @@ class Settings(BaseSettings):
                                    file_secret_settings):
         "Sources by decreasing precedence: overrides, environment variables, overlay, core files."
         files = (_YamlSource(settings_cls, yaml_file=path) for path in reversed(_config_files()))
-        strong = (lambda source=source: _with_own_names(source()) for source in (init_settings, env_settings))
-        return (*strong, *files)
+        renamed = (lambda source=source: _with_own_names(source()) for source in (init_settings, env_settings))
+        return (*renamed, *files)
 
     def _repr_html_(self) -> str:
         text = escape(yaml.safe_dump(self.model_dump(), sort_keys=False))
         return f"<details><summary>All settings of this run</summary><pre>{text}</pre></details>"
+
 _FILES = ("base.yaml", "thresholds.yaml")
 _NOT_SETTINGS = {"ML_ENSEMBLE_ROOT", "ML_ENSEMBLE_MODELS", "ML_ENSEMBLE_ENV", "ML_ENSEMBLE_ALERT_URLS"}
 
@@ -268,8 +272,8 @@ def _config_files() -> list[Path]:
         root = find_project()
         folder = root / "config" if root else None
         if folder is None or not (folder / name).is_dir():
-            places = folder.iterdir() if folder and folder.is_dir() else []
-            known = ", ".join(sorted(p.name for p in places if p.is_dir() and p.name != "core")) or "none"
+            entries = folder.iterdir() if folder and folder.is_dir() else []
+            known = ", ".join(sorted(path.name for path in entries if path.is_dir() and path.name != "core")) or "none"
             raise ConfigError(f"ML_ENSEMBLE_ENV is {name!r}, but there is no config/{name} in {root or 'a project'}",
                               f"Available: {known}. ML_ENSEMBLE_ROOT names the folder that contains config/.")
         paths += [path for path in (folder / name / file for file in _FILES) if path.is_file()]
@@ -323,10 +327,11 @@ def _learner_path(key: str) -> list[str]:
 def _nearest_setting(key: str, paths: list[str]) -> str:
     "Suggest settings for an unknown key."
     if learners := learners_with(key):
-        return f"It is a parameter of {' and '.join(learners)}: write {' or '.join(f'{name}.{key}' for name in learners)}."
-    near = get_close_matches(key, [*paths, *(path.rsplit(".", 1)[-1] for path in paths)], n=3)
-    if near:
-        return f"Did you mean {' or '.join(near)}?"
+        keys = " or ".join(f"{name}.{key}" for name in learners)
+        return f"It is a parameter of {' and '.join(learners)}: write {keys}."
+    similar = get_close_matches(key, [*paths, *(path.rsplit(".", 1)[-1] for path in paths)], n=3)
+    if similar:
+        return f"Did you mean {' or '.join(similar)}?"
     return f"The settings are listed in {' and '.join(str(core_file(name)) for name in _FILES)}."
 
 # %% ../nbs/21_config.ipynb #e36a6553
@@ -356,13 +361,13 @@ def _explain(error: ValidationError) -> ConfigError:
     "Convert a pydantic error to a ConfigError."
     messages = []
     for fault in error.errors():
-        if not fault["loc"]:                     # concerns several settings: the message names them
+        if not fault["loc"]:                     # concerns several settings, which the message contains
             messages.append(fault["msg"].removeprefix("Value error, "))
             continue
-        where = ".".join(str(part) for part in fault["loc"])
-        found = "" if fault["type"] in ("missing", "extra_forbidden") else f" (found {fault['input']!r})"
-        what = {"extra_forbidden": "is no setting", "missing": "is missing"}.get(fault["type"], fault["msg"])
-        messages.append(f"{where}: {what}{found}")
+        path = ".".join(str(part) for part in fault["loc"])
+        value = "" if fault["type"] in ("missing", "extra_forbidden") else f" (found {fault['input']!r})"
+        problem = {"extra_forbidden": "is no setting", "missing": "is missing"}.get(fault["type"], fault["msg"])
+        messages.append(f"{path}: {problem}{value}")
     return ConfigError("; ".join(messages), "Correct the value in config/, the environment or --set.")
 
 def load_settings(overrides: list[str] | tuple[str, ...] = ()) -> Settings:

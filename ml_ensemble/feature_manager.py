@@ -25,8 +25,8 @@ from .core import (ColumnTypeError, ConfigError, FeatureError, MissingColumnErro
                               MLEnsembleError, TimestampError, canonical_json, in_threads, n_threads, readable_json,
                               requires_extra, sha256_hex)
 from .custom_features import CustomFeature, WindowBuffer, custom_columns
-from .indicators import (COMPILE_FROM, MIN_PRICE, MAX_NUMBER, STATE, WARMUP, WINDOW, compiled, feed, new_memory,
-                                    new_state, read_only, is_valid_bar, update_bar)
+from .indicators import (COMPILE_FROM, MIN_PRICE, MAX_NUMBER, STATE, WARMUP, WINDOW, compiled, feed,
+                                    new_memory, new_state, read_only, is_valid_bar, update_bar)
 
 # %% ../nbs/04_feature_manager.ipynb #6160599b
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ def check_order_file(path: str | Path) -> None:
 INPUT_NAMES = ("returns_1", "rsi_14", "macd/close", "macd_signal/close", "macd_histogram/atr", "atr/close",
               "bb_position", "close/ema_20", "close/ema_50", "ema_20/ema_50", "ema_20_distance/atr", "volume_ratio")
 
-def model_inputs_of(close, _volume, returns, rsi, macd, signal, atr, bb, ema_20, ema_50, volume_ratio, _zscore, *custom, unit):
+def model_inputs_of(close, _volume, returns, rsi, macd, signal, atr, bb, ema_20, ema_50, volume_ratio, _zscore,
+                    *custom, unit):
     "Columns of the model inputs, from numbers or arrays; `unit` is the ATR, infinite where it is 0."
     return (returns, rsi, macd / close, signal / close, (macd - signal) / unit, atr / close, bb, close / ema_20,
             close / ema_50, ema_20 / ema_50, (close - ema_20) / unit, volume_ratio, *custom)
@@ -128,29 +129,147 @@ class _Transformer:
     get_feature_names: Callable[[], list[str]]
 
     def fit(self, X, y=None):
-        "Check the columns; nothing is learned."
+        """Check the columns of the candles; nothing is learned.
+
+        Parameters
+        ----------
+        X : pandas.DataFrame, or a mapping of market to pandas.DataFrame
+            Candles, as in `generate_features`.
+        y : object, optional
+            Ignored; accepted because scikit-learn passes it.
+
+        Returns
+        -------
+        FeatureManager
+            This object.
+
+        Raises
+        ------
+        NotATableError
+            A table has no `columns` and `index`.
+        MissingColumnError
+            A column of open, high, low, close, volume is missing or occurs twice.
+        EmptyDataError
+            A table has no rows.
+        ColumnTypeError
+            A column does not contain numbers.
+
+        Examples
+        --------
+        >>> FeatureManager().fit(candles)
+        FeatureManager()
+        """
         for table in X.values() if isinstance(X, Mapping) else [X]:
             price_columns(table)
         return self
 
     def transform(self, X):
-        "Compute the features of a table of candles."
+        """Compute the features of candles: `generate_features(X)`, with the same results and errors.
+
+        Parameters
+        ----------
+        X : pandas.DataFrame, or a mapping of market to pandas.DataFrame
+            Candles, as in `generate_features`.
+
+        Returns
+        -------
+        pandas.DataFrame, or a dict of them
+            (T, 12 + K) float64.
+
+        Examples
+        --------
+        >>> FeatureManager().transform(candles).shape
+        (300, 12)
+        """
         return self.generate_features(X)
 
     def fit_transform(self, X, y=None):
-        "Compute the features of a table of candles."
+        """Check the columns and compute the features: `fit(X).transform(X)`, with the same results and errors.
+
+        Parameters
+        ----------
+        X : pandas.DataFrame, or a mapping of market to pandas.DataFrame
+            Candles, as in `generate_features`.
+        y : object, optional
+            Ignored.
+
+        Returns
+        -------
+        pandas.DataFrame, or a dict of them
+            (T, 12 + K) float64.
+
+        Examples
+        --------
+        >>> FeatureManager().fit_transform(candles).shape
+        (300, 12)
+        """
         return self.fit(X, y).transform(X)
 
     def get_feature_names_out(self, input_features=None) -> np.ndarray:
-        "Feature names in their fixed order, as an array of objects."
+        """Feature names in their fixed order, for scikit-learn.
+
+        Parameters
+        ----------
+        input_features : object, optional
+            Ignored; accepted because scikit-learn passes it.
+
+        Returns
+        -------
+        numpy.ndarray
+            (12 + K,) object, one text for each feature.
+
+        Examples
+        --------
+        >>> FeatureManager().get_feature_names_out()[:3].tolist()
+        ['close', 'volume', 'returns_1']
+        """
         return np.array(self.get_feature_names(), dtype=object)
 
     def get_params(self, deep: bool = True) -> dict:
-        "Parameters of the constructor."
+        """Parameters of the constructor.
+
+        Parameters
+        ----------
+        deep : bool, default True
+            Ignored: no parameter is an estimator.
+
+        Returns
+        -------
+        dict
+            `calendar` and `custom`, as passed to the constructor.
+
+        Examples
+        --------
+        >>> FeatureManager("sessions").get_params()
+        {'calendar': 'sessions', 'custom': ()}
+        """
         return {"calendar": self.calendar, "custom": self.custom}
 
     def set_params(self, **params):
-        "Set parameters of the constructor; the same checks apply."
+        """Set parameters of the constructor.
+
+        Parameters
+        ----------
+        **params
+            `calendar`, `custom` or both.
+
+        Returns
+        -------
+        FeatureManager
+            This object.
+
+        Raises
+        ------
+        ConfigError
+            A name is no parameter, or the calendar is unknown.
+        FeatureError
+            A custom feature is not valid (see the constructor).
+
+        Examples
+        --------
+        >>> FeatureManager().set_params(calendar="sessions")
+        FeatureManager(calendar='sessions')
+        """
         if unknown := set(params) - set(self.get_params()):
             raise ConfigError(f"FeatureManager has no parameter {', '.join(sorted(unknown))}",
                               f"It has {', '.join(self.get_params())}.")
@@ -158,7 +277,28 @@ class _Transformer:
         return self
 
     def set_output(self, *, transform: str | None = None):
-        "Accept `default` and `pandas`; the output is always a pandas table."
+        """Accept the output formats that are possible; the output is always a pandas table.
+
+        Parameters
+        ----------
+        transform : {"default", "pandas"}, optional
+            Both have the same effect.
+
+        Returns
+        -------
+        FeatureManager
+            This object.
+
+        Raises
+        ------
+        ConfigError
+            Any other format, such as `polars`.
+
+        Examples
+        --------
+        >>> FeatureManager().set_output(transform="pandas")
+        FeatureManager()
+        """
         if transform not in (None, "default", "pandas"):
             raise ConfigError(f"transform is {transform!r}", "Use default or pandas: features are pandas tables.")
         return self
@@ -178,11 +318,36 @@ class FeatureManager(_Transformer):
     Parameters
     ----------
     calendar : {"continuous", "sessions"}, default "continuous"
-        Whether the market never closes (a missing bar is an error) or has nights and weekends.
-    custom : sequence of CustomFeature, default ()
-        Columns after the 12.
+        `continuous` for a market that never closes: a missing bar is an error. `sessions` for a market with nights,
+        weekends and holidays: bars only have to be in increasing order of time.
+    custom : list or tuple of CustomFeature, default ()
+        K further features, whose columns follow the 12.
 
+    Raises
+    ------
+    ConfigError
+        The calendar is unknown.
+    FeatureError
+        `custom` is not a list or tuple of custom features, a name is in use, or the definition of a custom feature
+        cannot be hashed.
 
+    Examples
+    --------
+    >>> from ml_ensemble.market_data import load_candles
+    >>> candles = load_candles("sandbox", days=50, min_bars=100).candles      # 4-hour bars
+    >>> manager = FeatureManager()
+    >>> features = manager.generate_features(candles)
+    >>> features.shape, manager.warmup
+    ((300, 12), 49)
+    >>> features["rsi_14"].tail(3).round(1).tolist()
+    [49.6, 50.6, 39.9]
+
+    One bar at a time, with the same result to the last bit:
+
+    >>> stream = manager.stream().warm_up(candles[:-1])
+    >>> values = stream.step(*candles.iloc[-1])
+    >>> values.tolist() == features.iloc[-1].tolist()
+    True
     """
 
     def __init__(self, calendar: str = "continuous", custom: Sequence[CustomFeature] = ()):
@@ -193,46 +358,240 @@ class FeatureManager(_Transformer):
 
     @property
     def features(self) -> tuple:
-        "The 12 features, then the custom ones."
+        """The definitions of the features.
+
+        Returns
+        -------
+        tuple of Feature and CustomFeature
+            The 12 features, then the K custom ones. Each has `name`, `category`, `left` (number of earlier bars that
+            a value requires) and `unit`.
+
+        Examples
+        --------
+        >>> FeatureManager().features[3].formula
+        'Wilder RSI of close'
+        """
         return (*_SPEC, *self._custom)
 
     @property
     def fingerprint(self) -> str:
-        "SHA-256 of names, order, definitions and versions, 64 hexadecimal digits."
+        """Hash of the feature definition; a model accepts only features with the hash it was trained with.
+
+        Returns
+        -------
+        str
+            SHA-256 of names, order, definitions and versions, 64 hexadecimal digits.
+
+        Examples
+        --------
+        >>> FeatureManager().fingerprint == FeatureManager("sessions").fingerprint      # the formulas are the same
+        True
+        """
         return _fingerprint_of(self._custom)
 
     @property
     def warmup(self) -> int:
-        "Bars before the first complete row: 49, or the longest custom window."
+        """Number of bars before the first complete row.
+
+        Returns
+        -------
+        int
+            49, or the `left` of a custom feature if that is larger.
+
+        Examples
+        --------
+        >>> FeatureManager().warmup
+        49
+        """
         return max(feature.left for feature in self.features)
 
     def get_feature_names(self) -> list[str]:
-        "Feature names in their fixed order."
+        """Feature names in their fixed order.
+
+        Returns
+        -------
+        list of str
+            12 + K names.
+
+        Examples
+        --------
+        >>> FeatureManager().get_feature_names()[:3]
+        ['close', 'volume', 'returns_1']
+        """
         return [feature.name for feature in self.features]
 
     def get_feature_count(self) -> int:
-        "Number of features: 12, plus the custom ones."
+        """Number of features.
+
+        Returns
+        -------
+        int
+            12 + K.
+
+        Examples
+        --------
+        >>> FeatureManager().get_feature_count()
+        12
+        """
         return len(self.features)
 
     def get_categories(self) -> dict[str, list[str]]:
-        "Mapping of category to feature names, in order of appearance."
+        """Feature names by category.
+
+        Returns
+        -------
+        dict of str to list of str
+            Categories in the order in which they first occur.
+
+        Examples
+        --------
+        >>> FeatureManager().get_categories()["volatility"]
+        ['atr_14', 'bb_position']
+        """
         categories = dict.fromkeys(feature.category for feature in self.features)
         return {c: [feature.name for feature in self.features if feature.category == c] for c in categories}
 
     def describe(self):
-        "Table with formula, window and unit of each feature (pandas DataFrame)."
+        """Definitions as a table.
+
+        Returns
+        -------
+        pandas.DataFrame
+            One row for each feature; index `name`, columns `category`, `formula`, `window` and `unit`, all text.
+
+        Raises
+        ------
+        MissingExtraError
+            pandas is not installed.
+
+        Examples
+        --------
+        >>> FeatureManager().describe().loc["rsi_14", ["formula", "window", "unit"]].tolist()
+        ['Wilder RSI of close', '[14, 0]', '0 to 100']
+        """
         return _describe_features(self.features)
 
     def generate_features(self, candles, by: str | None = None, threads: int | None = None):
-        "Compute the features of one or many tables of candles; see `_make_features`."
+        """Check candles and compute their features.
+
+        Parameters
+        ----------
+        candles : pandas.DataFrame, or a mapping of market to pandas.DataFrame
+            Columns open, high, low, close (quote currency) and volume (base currency), any numeric dtype; other columns
+            are ignored. One market: a DatetimeIndex in increasing order (without a time zone it is read as UTC). Many
+            markets: a mapping of such tables, or one long table, whose market is named in an index level beside the
+            time or in the column `by`.
+        by : str, optional
+            Column of a long table that contains the market.
+        threads : int, optional
+            Number of threads for many markets; by default one for each usable CPU.
+
+        Returns
+        -------
+        pandas.DataFrame, or a dict of them
+            (T, 12 + K) float64 with the index of the candles, or one such table for each market of a mapping. The first
+            `warmup` rows of a market are incomplete and contain NaN. A long table keeps the order of its rows. Its
+            column `by` is not repeated. `attrs["fingerprint"]` is the fingerprint of the definition.
+
+        Raises
+        ------
+        NotATableError
+            `candles` is not a table: it has no `columns` and `index`.
+        MissingColumnError
+            A column of open, high, low, close, volume is missing or occurs twice; or `by` does not occur exactly once.
+        EmptyDataError
+            The table has no rows.
+        ColumnTypeError
+            A column does not contain numbers.
+        TimestampError
+            The index does not contain times, a time is NaT or outside the years 1677 to 2262, or the index of a long
+            table does not consist of one level of markets and one of times.
+        UnsortedError, DuplicateError
+            A time is before the time of the previous row, or equal to it.
+        GapError
+            The distance to the previous bar is not the most common one; only for the calendar `continuous`.
+        MissingValueError
+            A value is NaN, or a row of a long table has no market.
+        InfiniteValueError
+            A value is infinite or above 1e100.
+        NegativeValueError
+            A price is below 1e-100, or a volume below 0.
+        HighLowError
+            High and low do not enclose open and close.
+        FeatureError
+            A custom feature failed or did not return a finite number.
+        ConfigError
+            `by` is passed with a mapping or is not text, or `threads` is not a whole number from 1.
+
+        Notes
+        -----
+        All errors but `FeatureError` and `ConfigError` are subclasses of `DataError`. The message contains the market,
+        the first offending row (counted within the market), its time, the fault and the remedy.
+
+        Examples
+        --------
+        >>> manager = FeatureManager()
+        >>> int(manager.generate_features(candles)["ema_50"].isna().sum())
+        49
+        >>> markets = {"BTC/JPY": candles, "ETH/JPY": candles * 0.05}
+        >>> {market: features.shape for market, features in manager.generate_features(markets).items()}
+        {'BTC/JPY': (300, 12), 'ETH/JPY': (300, 12)}
+        >>> manager.generate_features(candles.drop(candles.index[7]))
+        Traceback (most recent call last):
+        ml_ensemble.core.GapError: row 7 (...): it is 480 minutes after the previous bar, the others 240...
+        """
         return _make_features(self, candles, by, threads)
 
     def stream(self) -> "FeatureStream":
-        "Create a new stream; call its `step` for every new bar."
+        """Create a stream, which computes the features bar by bar.
+
+        Returns
+        -------
+        FeatureStream
+            An empty stream: `warm_up(history)` processes a table, `step(open, high, low, close, volume)` one bar.
+
+        Examples
+        --------
+        >>> stream = FeatureManager().stream().warm_up(candles)
+        >>> stream.step(100.0, 101.0, 99.0, 100.5, 12.0).shape
+        (12,)
+        """
         return FeatureStream(self)
 
     def plot(self, candles, feature: str, last: int = 120):
-        "Plot a feature below its candles, for the newest `last` bars (matplotlib Figure)."
+        """Plot a feature below its candles.
+
+        Parameters
+        ----------
+        candles : pandas.DataFrame
+            Candles of one market, as in `generate_features`.
+        feature : str
+            Name of a feature.
+        last : int, default 120
+            Number of bars to plot, counted from the newest.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+            Two axes: candles, feature. A notebook displays it without `%matplotlib inline` too.
+
+        Raises
+        ------
+        FeatureError
+            There is no feature of this name.
+        ConfigError
+            `last` is not a whole number from 1.
+        MissingExtraError
+            matplotlib is not installed.
+        DataError
+            As in `generate_features`.
+
+        Examples
+        --------
+        >>> figure = FeatureManager().plot(candles, "rsi_14", last=90)
+        >>> [axes.get_title(loc="left") for axes in figure.axes]
+        ['candles', 'rsi_14']
+        """
         return _plot_feature(self, candles, feature, last)
 
     def __repr__(self) -> str:
@@ -247,7 +606,7 @@ def _check_custom(custom: Sequence[CustomFeature]) -> None:
     names = [*FEATURE_NAMES, *INPUT_NAMES, *(feature.name for feature in custom)]
     for feature in custom:
         if names.count(feature.name) > 1:
-            raise FeatureError(f"the custom feature's name {feature.name} is taken", "Choose another name.")
+            raise FeatureError(f"the name {feature.name} of a custom feature is already in use", "Choose another name.")
 
 @cache
 def _fingerprint_of_12() -> str:
@@ -279,30 +638,7 @@ def _own_parameters(manager: FeatureManager) -> dict:
 
 # %% ../nbs/04_feature_manager.ipynb #3e268b9c
 def _make_features(manager: FeatureManager, candles, by: str | None = None, threads: int | None = None):
-    """Check candles and compute their features.
-
-    Parameters
-    ----------
-    candles : pandas.DataFrame, or a mapping of market to pandas.DataFrame
-        Columns open, high, low, close (quote currency) and volume (base). One market: a DatetimeIndex in increasing
-        order. Many markets: a dict of such tables, or one long table, whose rows name their market in an index level
-        beside the time or in the column `by`.
-    by : str, optional
-        Column of a long table that names the market.
-    threads : int, optional
-        For many markets; by default one for each usable CPU.
-
-    Returns
-    -------
-    pandas.DataFrame, or a dict of them
-        (T, 12) float64 on the same index, a table or dict like the input. The first `warmup` rows of a market
-        are incomplete and hold NaN. Rows of a long table keep their order; its column `by` is not repeated.
-
-    Raises
-    ------
-    DataError
-        The message contains the market, the first offending row (counted within the market), the fault and the remedy.
-    """
+    "Compute the features of one table, of a mapping of tables or of a long table; see `generate_features`."
     if isinstance(candles, Mapping) and by is not None:
         raise ConfigError(f"by={by!r} was given with a dict of tables, one for each market", "Omit by.")
     if isinstance(candles, Mapping):
@@ -411,7 +747,7 @@ def _fill_together(manager: FeatureManager, edges: np.ndarray, columns: dict[str
     if manager._custom or not all_valid(columns, manager.calendar, edges):
         return False
     loops = compiled()
-    assert loops is not None                # the caller has asked pays_to_compile
+    assert loops is not None                # all_valid has called pays_to_compile
     loops.run_markets(edges, new_state(), *(read_only(columns[name]) for name in OHLCV[1:]), out)
     return True
 
@@ -448,7 +784,8 @@ def _plot_feature(manager: FeatureManager, candles, feature: str, last: int = 12
     NotebookFigure = _notebook_figure()
     price_columns(candles)
     if feature not in manager.get_feature_names():
-        raise FeatureError(f"there is no feature {feature!r}", f"Choose one of {', '.join(manager.get_feature_names())}.")
+        raise FeatureError(f"there is no feature {feature!r}",
+                           f"Choose one of {', '.join(manager.get_feature_names())}.")
     if not isinstance(last, (int, np.integer)) or last < 1:
         raise ConfigError(f"last is {last!r}, the minimum is 1", "Pass a whole number of bars.")
     shown, values = candles.iloc[-last:], manager.generate_features(candles)[feature].iloc[-last:]
@@ -498,7 +835,27 @@ def _name_times(ax, index) -> None:
 # %% ../nbs/04_feature_manager.ipynb #eff87a01
 class FeatureStream:
     """Features bar by bar, created by `FeatureManager.stream()`.
-    It has no clock and no lock: pass every bar exactly once."""
+
+    The stream has no clock and no lock: pass every bar exactly once, in order, from one thread.
+
+    Parameters
+    ----------
+    manager : FeatureManager
+        Definition of the features.
+
+    Raises
+    ------
+    FeatureError
+        `manager` is not a FeatureManager.
+
+    Examples
+    --------
+    >>> stream = FeatureStream(FeatureManager()).warm_up(candles)
+    >>> saved = stream.to_json()                                   # after every bar; read it after a restart
+    >>> values = FeatureStream.from_json(saved).step(100.0, 101.0, 99.0, 100.5, 12.0)
+    >>> values.tolist() == stream.step(100.0, 101.0, 99.0, 100.5, 12.0).tolist()
+    True
+    """
 
     def __init__(self, manager: FeatureManager):
         if not isinstance(manager, FeatureManager):
@@ -507,7 +864,38 @@ class FeatureStream:
         self._memory, self._buffer = new_memory(), WindowBuffer(manager._custom)
 
     def step(self, open: float, high: float, low: float, close: float, volume: float) -> np.ndarray:
-        "Process the newest closed bar; (12 + K,) float64, NaN in warm-up. An invalid bar does not change the state."
+        """Process the newest closed bar.
+
+        Parameters
+        ----------
+        open, high, low, close : float
+            Prices in quote currency.
+        volume : float
+            Traded volume in base currency.
+
+        Returns
+        -------
+        numpy.ndarray
+            (12 + K,) float64, the features of the bar; NaN during the warm-up.
+
+        Raises
+        ------
+        ColumnTypeError
+            A value is not a number.
+        MissingValueError, InfiniteValueError, NegativeValueError, HighLowError
+            The bar is not valid, by the rules of `FeatureManager.generate_features`.
+        FeatureError
+            A custom feature failed or did not return a finite number.
+
+        Notes
+        -----
+        After an error the state is the same as before the call.
+
+        Examples
+        --------
+        >>> FeatureManager().stream().step(100.0, 101.0, 99.0, 100.5, 12.0)[:3]
+        array([100.5,  12. ,   nan])
+        """
         bar = _check_bar(open, high, low, close, volume)
         own = self._buffer.push(bar)
         state, closes, volumes = self._memory
@@ -516,7 +904,30 @@ class FeatureStream:
         return np.array((*values, *own))
 
     def warm_up(self, history) -> "FeatureStream":
-        "Process every row of a table of candles after those already processed; an error leaves the state unchanged."
+        """Process a table of candles after the bars already processed.
+
+        Parameters
+        ----------
+        history : pandas.DataFrame
+            Candles of one market, as in `FeatureManager.generate_features`.
+
+        Returns
+        -------
+        FeatureStream
+            This object.
+
+        Raises
+        ------
+        DataError, FeatureError
+            As in `FeatureManager.generate_features`; the state is then the same as before the call. The distance
+            between the table and the bars already processed is not checked.
+
+        Examples
+        --------
+        >>> stream = FeatureManager().stream().warm_up(candles[:100]).warm_up(candles[100:])
+        >>> stream.to_json() == FeatureManager().stream().warm_up(candles).to_json()
+        True
+        """
         columns, buffer = ohlcv_columns(history), copy.copy(self._buffer)
         check_ohlcv(columns, self.manager.calendar)
         custom_columns(buffer, columns)
@@ -527,7 +938,19 @@ class FeatureStream:
         return self
 
     def to_json(self) -> str:
-        "The state as JSON, with the fingerprint of the definition it belongs to."
+        """State of the stream as text.
+
+        Returns
+        -------
+        str
+            JSON with the fingerprint of the feature definition; `from_json` restores it without loss.
+
+        Examples
+        --------
+        >>> import json
+        >>> json.loads(FeatureManager().stream().warm_up(candles).to_json())["bars"]
+        300
+        """
         state, closes, volumes = self._memory
         saved = dict(zip(STATE, state)) | {"closes": closes, "volumes": volumes}
         own = {"custom_bars": self._buffer.last_bars()} if self.manager._custom else {}
@@ -535,7 +958,31 @@ class FeatureStream:
 
     @classmethod
     def from_json(cls, text: str, manager: FeatureManager | None = None) -> "FeatureStream":
-        "Restore a stream from the output of `to_json`; `manager` is required if it has custom features."
+        """Restore a stream from the output of `to_json`.
+
+        Parameters
+        ----------
+        text : str
+            Output of `to_json`.
+        manager : FeatureManager, optional
+            The manager that created the stream; required if it has custom features.
+
+        Returns
+        -------
+        FeatureStream
+            A new stream with the saved state.
+
+        Raises
+        ------
+        FeatureError
+            The text is damaged, or belongs to another definition of the features.
+
+        Examples
+        --------
+        >>> FeatureStream.from_json("{}")
+        Traceback (most recent call last):
+        ml_ensemble.core.FeatureError: the saved stream is damaged ('fingerprint'). Warm up a new stream from history.
+        """
         stream = cls(FeatureManager() if manager is None else manager)
         _restore_stream(stream, text)
         return stream
@@ -557,7 +1004,7 @@ def _check_bar(open, high, low, close, volume) -> tuple[float, float, float, flo
         return bar
     columns = {name: np.array([value]) for name, value in zip(OHLCV, bar)}
     rule = next(rule for rule in VALUE_RULES if rule.find(columns)[0])
-    raise rule.error(f"the bar is refused: {rule.message(columns, 0)}", rule.remedy)
+    raise rule.error(f"the bar is not valid: {rule.message(columns, 0)}", rule.remedy)
 
 # %% ../nbs/04_feature_manager.ipynb #677f4779
 def _plain_numbers(saved: dict, kept: int) -> tuple[tuple, list[list[float]], np.ndarray]:
@@ -572,8 +1019,8 @@ def _plain_numbers(saved: dict, kept: int) -> tuple[tuple, list[list[float]], np
     if [type(value) for value in state[:2]] != [int, int] or any(type(value) not in (int, float) for value in numbers):
         raise ValueError("a value is not a number")
     never_negative = [*state[:6], *rings[0], *rings[1]]
-    if any(not -MAX_NUMBER <= value <= MAX_NUMBER for value in numbers) or min(never_negative) < 0 or state[1] > state[0] \
-            or state[0] and min(state[2], *rings[0]) < MIN_PRICE:
+    outside = any(not -MAX_NUMBER <= value <= MAX_NUMBER for value in numbers)
+    if outside or min(never_negative) < 0 or state[1] > state[0] or state[0] and min(state[2], *rings[0]) < MIN_PRICE:
         raise ValueError("a number is out of range")
     return (*state[:2], *map(float, state[2:])), [list(map(float, ring)) for ring in rings], np.array(own, dtype=float)
 

@@ -25,8 +25,8 @@ def _lightgbm_names() -> dict[str, str]:
     preferred = [*LGBMClassifier().get_params(), "colsample_bynode"]
     names = dict(zip(preferred, preferred))
     for native, aliases in _ConfigAliases._get_all_param_aliases().items():
-        ours = next((name for name in preferred if name in aliases), native)
-        names |= dict.fromkeys(aliases, ours)
+        canonical = next((name for name in preferred if name in aliases), native)
+        names |= dict.fromkeys(aliases, canonical)
     return names
 
 def _xgboost_names() -> dict[str, str]:
@@ -34,19 +34,19 @@ def _xgboost_names() -> dict[str, str]:
     with requires_extra():
         import numpy as np
         from xgboost import XGBClassifier
-    smallest = XGBClassifier(n_estimators=1, n_jobs=1).fit(np.zeros((2, 1)), [0, 1])
-    native = _train_parameters(json.loads(smallest.get_booster().save_config()))
+    fitted = XGBClassifier(n_estimators=1, n_jobs=1).fit(np.zeros((2, 1)), [0, 1])
+    native = _train_parameters(json.loads(fitted.get_booster().save_config()))
     return {name: _NATIVE_XGBOOST.get(name, name) for name in [*XGBClassifier().get_params(), *native]}
 
-def _train_parameters(part, inside: str = "") -> list[str]:
-    "Parameter names in the sections of a booster's configuration that can be set."
-    if isinstance(part, list):
-        return [name for entry in part for name in _train_parameters(entry)]
-    if not isinstance(part, dict):
+def _train_parameters(config, section: str = "") -> list[str]:
+    "Names of the parameters in those sections of a booster's configuration that can be set."
+    if isinstance(config, list):
+        return [name for entry in config for name in _train_parameters(entry)]
+    if not isinstance(config, dict):
         return []
-    if inside == "generic_param" or inside.endswith("train_param"):
-        return list(part)
-    return [name for key, value in part.items() for name in _train_parameters(value, key)]
+    if section == "generic_param" or section.endswith("train_param"):
+        return list(config)
+    return [name for key, value in config.items() for name in _train_parameters(value, key)]
 
 # %% ../nbs/20_learner_parameters.ipynb #e3457ce4
 def _random_forest_names() -> dict[str, str]:
@@ -72,7 +72,8 @@ _ALGORITHM = ("the histogram method on the CPU is fixed, so that two runs agree 
 _OBJECTIVE = ("the blend and the model file need class probabilities fitted by log loss",
              "Remove it; set the prediction target under `labels`.")
 _BALANCE = ("it moves the probabilities away from the shares of the classes",
-           "Set `training.class_weight=balanced`, which requires a calibration, or pass sample_weight to EnsembleClassifier.")
+           "Set `training.class_weight=balanced`, which requires a calibration, or pass sample_weight to "
+            "EnsembleClassifier.")
 _STOPPING = ("the rows that stop boosting must be the newest ones, purged by label end time",
             "Set `training.early_stopping` in the configuration.")
 _GRAPH = ("the model file holds sums of trees with numeric splits and constant leaves",
@@ -89,36 +90,38 @@ def _fixed(reason: tuple[str, str], names: str) -> dict[str, tuple[str, str]]:
 
 FIXED = {
     "lightgbm":
-        _fixed(_SEED, "random_state bagging_seed feature_fraction_seed data_random_seed drop_seed objective_seed extra_seed")
+        _fixed(_SEED, "random_state bagging_seed feature_fraction_seed data_random_seed drop_seed objective_seed "
+                      "extra_seed")
         | _fixed(_THREADS, "n_jobs tree_learner num_machines machines machine_list_filename local_listen_port time_out "
                          "pre_partition")
-        | _fixed(_ALGORITHM, "deterministic force_row_wise force_col_wise device_type num_gpu gpu_platform_id gpu_device_id "
-                           "gpu_device_id_list gpu_use_dp")
+        | _fixed(_ALGORITHM, "deterministic force_row_wise force_col_wise device_type num_gpu gpu_platform_id "
+                             "gpu_device_id gpu_device_id_list gpu_use_dp")
         | _fixed(_OBJECTIVE, "objective num_class sigmoid")
         | _fixed(_BALANCE, "class_weight is_unbalance scale_pos_weight pos_bagging_fraction neg_bagging_fraction")
         | _fixed(_STOPPING, "early_stopping_round early_stopping_min_delta first_metric_only")
         | _fixed(_GRAPH, "linear_tree linear_lambda zero_as_missing categorical_feature")
         | _fixed(_OUTPUT, "verbosity")
         | _fixed(_UNUSED, "task config data valid input_model output_model snapshot_freq saved_feature_importance_type "
-                        "output_result convert_model convert_model_language header label_column weight_column group_column "
-                        "ignore_column two_round save_binary precise_float_parser parser_config_file metric_freq "
-                        "is_provide_training_metric predict_raw_score predict_leaf_index predict_contrib "
+                        "output_result convert_model convert_model_language header label_column weight_column "
+                        "group_column ignore_column two_round save_binary precise_float_parser parser_config_file "
+                        "metric_freq is_provide_training_metric predict_raw_score predict_leaf_index predict_contrib "
                         "predict_disable_shape_check start_iteration_predict num_iteration_predict pred_early_stop "
                         "pred_early_stop_freq pred_early_stop_margin refit_decay_rate top_k alpha fair_c reg_sqrt "
                         "poisson_max_delta_step tweedie_variance_power lambdarank_truncation_level lambdarank_norm "
                         "lambdarank_position_bias_regularization label_gain eval_at"),
     "xgboost":
         _fixed(_SEED, "random_state seed_per_iteration") | _fixed(_THREADS, "n_jobs")
-        | _fixed(_ALGORITHM, "tree_method device updater updater_seq process_type fail_on_invalid_gpu_id debug_synchronize")
+        | _fixed(_ALGORITHM, "tree_method device updater updater_seq process_type fail_on_invalid_gpu_id "
+                             "debug_synchronize")
         | _fixed(_OBJECTIVE, "objective") | _fixed(_BALANCE, "scale_pos_weight")
         | _fixed(_STOPPING, "early_stopping_rounds callbacks")
         | _fixed(_GRAPH, "booster multi_strategy missing enable_categorical feature_types")
         | _fixed(_OUTPUT, "verbosity validate_parameters"),
     "random_forest":
-        _fixed(_SEED, "random_state") | _fixed(_THREADS, "n_jobs") | _fixed(_BALANCE, "class_weight") | _fixed(_OUTPUT, "verbose")
-        | _fixed(_REFIT, "warm_start"),
+        _fixed(_SEED, "random_state") | _fixed(_THREADS, "n_jobs") | _fixed(_BALANCE, "class_weight")
+        | _fixed(_OUTPUT, "verbose") | _fixed(_REFIT, "warm_start"),
 }
-_REFUSED_VALUES = {("lightgbm", "boosting_type"): ("rf", "random_forest")}   # averages its trees instead of adding them
+_REJECTED_VALUES = {("lightgbm", "boosting_type"): ("rf", "random_forest")}   # averages trees, does not add them
 
 # %% ../nbs/20_learner_parameters.ipynb #f3f27d6b
 def own_name(learner: str, name: str) -> str:
@@ -133,26 +136,26 @@ def own_name(learner: str, name: str) -> str:
 
 def free_names(learner: str) -> dict[str, str]:
     "Map every name of a parameter that can be set to the name used here."
-    return {given: ours for given, ours in accepted_names(learner).items() if ours not in FIXED[learner]}
+    return {name: canonical for name, canonical in accepted_names(learner).items() if canonical not in FIXED[learner]}
 
 def did_you_mean(learner: str, name: str) -> str:
     "Suggest the closest names of parameters that can be set; examples if there is none."
     free = free_names(learner)
-    near = dict.fromkeys(free[match] for match in get_close_matches(str(name), free, n=3))
-    if near:
-        return f"Did you mean {' or '.join(near)}?"
+    similar = dict.fromkeys(free[match] for match in get_close_matches(str(name), free, n=3))
+    if similar:
+        return f"Did you mean {' or '.join(similar)}?"
     return f"Use a parameter of the library, for example {', '.join(sorted(set(free.values()))[:3])}."
 
 def own_names(learner: str, parameters: Mapping[str, object]) -> dict[str, object]:
     "Rename parameters to the names used here; ConfigError for an unknown, fixed or repeated one."
     renamed: dict[str, object] = {}
     for name, value in parameters.items():
-        ours = own_name(learner, name)
-        if ours in renamed:
-            raise ConfigError(f"{ours} of {learner} is given twice, the second time as {name}", "Set it once.")
-        if value in _REFUSED_VALUES.get((learner, ours), ()):
+        canonical = own_name(learner, name)
+        if canonical in renamed:
+            raise ConfigError(f"{canonical} of {learner} is given twice, the second time as {name}", "Set it once.")
+        if value in _REJECTED_VALUES.get((learner, canonical), ()):
             raise ConfigError(f"{name} of {learner} cannot be {value!r}: {_GRAPH[0]}", "Use gbdt or dart.")
-        renamed[ours] = value
+        renamed[canonical] = value
     return renamed
 
 def learners_with(name: str, learners: Collection[str] = tuple(_LIBRARIES)) -> list[str]:

@@ -24,16 +24,16 @@ with requires_extra():
 @dataclass(frozen=True)
 class _Request:
     """Arguments of a reader."""
-    place: str           # text after the colon
+    path: str            # text after the colon, for a file
     days: float | None   # length of history, if limited
-    bar: str             # this and all below are for the sandbox
+    bar: str             # this field and all below are for the sandbox
     seed: int
     strength: float
     spread: float
     volatility: float
     clustering: float
 
-_Reader = Callable[[_Request], tuple[pd.DataFrame, pd.DataFrame | None]]   # any table of candles; the truth if known
+_Reader = Callable[[_Request], tuple[pd.DataFrame, pd.DataFrame | None]]   # table of candles; `truth` of a simulation
 
 def _read_sandbox(request: _Request) -> tuple[pd.DataFrame, pd.DataFrame]:
     bars = (request.days or 1100) * pd.Timedelta(1, unit="D") / bar_length(request.bar)
@@ -42,15 +42,15 @@ def _read_sandbox(request: _Request) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 # %% ../nbs/25_market_data.ipynb #df1cd574
 def _read_file(request: _Request) -> tuple[pd.DataFrame, None]:
-    return read_candle_file(request.place), None
+    return read_candle_file(request.path), None
 
 def _source_reader(
-    source: str,  # kind, or kind:place
+    source: str,  # kind, or kind:path
 ) -> _Reader:
     "Reader of a kind of source; ConfigError names the supported kinds."
     readers = {"sandbox": _read_sandbox, "file": _read_file}
-    kind, _, place = source.partition(":")
-    if kind not in readers or bool(place) != (kind == "file"):
+    kind, _, path = source.partition(":")
+    if kind not in readers or bool(path) != (kind == "file"):
         raise ConfigError(f"there is no source {source!r}",
                           "Use sandbox or file:PATH. No live exchange is supported yet.")
     return readers[kind]
@@ -75,26 +75,102 @@ class Market(MarkdownRepr):
         time = self.candles.index
         minutes = bar_interval(time.asi8) / 6e10
         repairs = ", ".join(f"{name} (rows: {rows})" for name, rows in self.repairs.items()) or "none"
-        rows = {"source": f"`{self.source}`", "bars": f"{len(time):,} of {minutes:g} minutes", "from": minute_text(time[0]),
-                "to": minute_text(time[-1]), "repairs": repairs, "hash": f"`{self.data_hash[:12]}`"}
+        rows = {"source": f"`{self.source}`", "bars": f"{len(time):,} of {minutes:g} minutes",
+                "from": minute_text(time[0]), "to": minute_text(time[-1]), "repairs": repairs,
+                "hash": f"`{self.data_hash[:12]}`"}
         return "| market | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
 
 # %% ../nbs/25_market_data.ipynb #51ca29af
 def load_candles(
-    source: str,                    # `sandbox` or `file:PATH` (.csv, .csv.gz, .parquet, .feather)
-    days: float | None = None,      # keep the newest days of a file; length of the sandbox (1,100)
-    *, bar: str = "4h",             # bar of the sandbox; ignored for a file
-    seed: int = 0,                  # of the sandbox
-    strength: float = STRENGTH,     # information coefficient of the sandbox's planted drift
-    spread: float = QUOTED_SPREAD,      # bid-ask spread of the sandbox
-    volatility: float = VOLATILITY, # mean deviation of a bar's return in the sandbox
-    clustering: float = CLUSTERING, # deviation of the logarithm of the sandbox's volatility
-    repairs: Iterable[str] = (),    # any of REPAIRS
-    calendar: str = "continuous",   # or "sessions", for a market that closes
-    min_bars: int = 500,            # fewer raise TooShortError
-    max_fill: float = 0.01,         # largest share of bars that the repair fill_gaps may add
+    source: str,
+    days: float | None = None,
+    *, bar: str = "4h",
+    seed: int = 0,
+    strength: float = STRENGTH,
+    spread: float = QUOTED_SPREAD,
+    volatility: float = VOLATILITY,
+    clustering: float = CLUSTERING,
+    repairs: Iterable[str] = (),
+    calendar: str = "continuous",
+    min_bars: int = 500,
+    max_fill: float = 0.01,
 ) -> Market:
-    "Read, tidy, repair and validate candles; a named `DataError` for a fault, a `ConfigError` for a wrong setting."
+    """Read candles from a source, convert them to the schema, repair them on request and validate them.
+
+    Parameters
+    ----------
+    source : str
+        `sandbox`, a simulated market, or `file:PATH` with the suffix .csv, .csv.gz, .parquet or .feather.
+    days : float, optional
+        Keep the newest days. By default a file is loaded as a whole, and the sandbox has 1,100 days.
+    bar : str, default "4h"
+        Length of a bar of the sandbox, such as `1h` or `5min`. Ignored for a file.
+    seed : int
+        Seed of the sandbox.
+    strength : float
+        Information coefficient of the predictable drift in the sandbox, 0 to 0.9.
+    spread : float
+        Bid-ask spread in the sandbox, as a share of the price.
+    volatility : float
+        Standard deviation of the return of a bar in the sandbox.
+    clustering : float
+        Standard deviation of the logarithm of the volatility in the sandbox.
+    repairs : iterable of str
+        Any of `sort`, `drop_duplicates`, `drop_missing`, `fill_gaps`; executed in this order.
+    calendar : {"continuous", "sessions"}
+        `continuous` for a market that never closes: a missing bar is an error.
+    min_bars : int, default 500
+        Minimum number of bars.
+    max_fill : float, default 0.01
+        Largest share of bars that `fill_gaps` may add.
+
+    Returns
+    -------
+    Market
+        `candles`: index `time` (T,) datetime64[ns, UTC], columns open, high, low, close (quote currency) and volume
+        (base currency), float64. `repairs`: number of rows that each repair changed. `truth`: known
+        values of a simulated market (see `simulate_market`), None for a file. `data_hash`: SHA-256 of the candles.
+
+    Raises
+    ------
+    ConfigError
+        The source, a repair or the calendar is unknown, `days` is not finite and above 0, or a setting of the sandbox
+        is outside its limits.
+    DataError
+        The file does not exist, has an unknown suffix or cannot be read.
+    EmptyDataError
+        The file has no rows.
+    MissingColumnError
+        A column of open, high, low, close, volume is missing or occurs twice.
+    ColumnTypeError
+        A value is not a number.
+    TimestampError
+        There is no column of times, or a time cannot be read.
+    UnsortedError, DuplicateError
+        A time is before the time of the previous row, or equal to it.
+    GapError
+        A bar is missing, or more bars than `max_fill` allows; only for the calendar `continuous`.
+    MissingValueError, InfiniteValueError
+        A value is NaN, or infinite or above 1e100.
+    NegativeValueError
+        A price is below 1e-100, or a volume below 0.
+    HighLowError
+        High and low do not enclose open and close.
+    TooShortError
+        There are fewer bars than `min_bars`.
+
+    Examples
+    --------
+    >>> market = load_candles("sandbox", days=100, seed=7)
+    >>> market.candles.shape, market.source, market.repairs
+    ((600, 5), 'sandbox', {})
+    >>> market.candles.iloc[::-1].to_csv("history.csv.gz")
+    >>> load_candles("file:history.csv.gz", repairs=["sort"]).data_hash == market.data_hash
+    True
+    >>> load_candles("file:history.csv.gz")
+    Traceback (most recent call last):
+    ml_ensemble.core.UnsortedError: row 1 (...): it is older than the row before ...
+    """
     if days is not None and not 0 < days < math.inf:
         raise ConfigError(f"days is {days}, it must be finite and above 0", "Omit it to load the whole history.")
     reader = _source_reader(source)

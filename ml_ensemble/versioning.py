@@ -16,8 +16,8 @@ from pathlib import Path
 from warnings import warn
 
 from .core import (IntegrityError, LFSPointerError, ModelNotFoundError, StaleStoreError, StoreError, iso,
-                              models_dir, readable_json, requires_extra, sha256_hex, sync_directory, utc_now, version_id,
-                              write_atomic)
+                              models_dir, readable_json, requires_extra, sha256_hex, sync_directory, utc_now,
+                              version_id, write_atomic)
 
 # %% ../nbs/10_versioning.ipynb #a3cd456d
 MODEL_FILE = "production_ensemble.pkl"
@@ -25,7 +25,7 @@ METADATA_FILE = "production_model_metadata.json"
 _VERSION = re.compile(r"\d{8}-\d{4,}")
 
 def _check_version(version: str) -> str:
-    "A version's name, or an error: it becomes part of a path, so nothing else may pass."
+    "Return the name of a version; StoreError for any other text, because the name becomes part of a path."
     if not isinstance(version, str) or not _VERSION.fullmatch(version):
         raise StoreError(f"{version!r} is not a version",
                          "Versions look like 20250904-0007; see `ml-ensemble history`.")
@@ -35,13 +35,14 @@ def _check_version(version: str) -> str:
 _ROLLBACK_REMEDY = 'Run `ml-ensemble rollback --reason "damaged file"'
 
 def verify_bytes(model: bytes, metadata: dict, place: str) -> bytes:
-    "The bytes, if they are the ones the metadata recorded."
+    "Return the bytes if their hash is the one in the metadata; `place` names the file in errors."
     if model.startswith(b"version https://git-lfs"):
         raise LFSPointerError(f"{place} is a Git LFS pointer, not a model", "Run `git lfs pull`.")
-    found = sha256_hex(model)
-    if found != metadata["sha256"]:
-        raise IntegrityError(f"{place} has sha256 {found[:12]}..., its metadata recorded {metadata['sha256'][:12]}...",
-                             f"{_ROLLBACK_REMEDY} --to {metadata['version']}`, or restore the file from git or a backup.")
+    actual, recorded = sha256_hex(model), metadata["sha256"]
+    if actual != recorded:
+        raise IntegrityError(f"{place} has sha256 {actual[:12]}..., its metadata recorded {recorded[:12]}...",
+                             f"{_ROLLBACK_REMEDY} --to {metadata['version']}`, "
+                             "or restore the file from git or a backup.")
     return model
 
 def read_metadata(path: Path) -> dict:
@@ -49,12 +50,12 @@ def read_metadata(path: Path) -> dict:
     try:
         metadata = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
     except (FileNotFoundError, NotADirectoryError):
-        raise ModelNotFoundError(f"{path} is not there", "Run `ml-ensemble retrain` to make a first version, or set "
-                                 "ML_ENSEMBLE_MODELS to the folder of another store.") from None
+        raise ModelNotFoundError(f"{path} does not exist", "Run `ml-ensemble retrain` to train a first version, or "
+                                 "set ML_ENSEMBLE_MODELS to the folder of another store.") from None
     except (OSError, ValueError) as error:
         raise IntegrityError(f"{path} is not readable JSON ({error})", f"{_ROLLBACK_REMEDY} --to VERSION`.") from error
-    wanted = {"version": str, "sequence": int, "sha256": str}
-    if not isinstance(metadata, dict) or not all(isinstance(metadata.get(k), t) for k, t in wanted.items()):
+    required = {"version": str, "sequence": int, "sha256": str}
+    if not isinstance(metadata, dict) or not all(isinstance(metadata.get(k), t) for k, t in required.items()):
         raise IntegrityError(f"{path} lacks version, sequence or sha256", f"{_ROLLBACK_REMEDY} --to VERSION`.")
     _check_version(metadata["version"])
     return metadata
@@ -64,14 +65,39 @@ def _refuse_constant(name: str):
 
 # %% ../nbs/10_versioning.ipynb #47d3d342
 class ModelStore:
-    """The versions of a model under one folder.
+    """The versions of a model in one folder: production, archive, backups and history.
 
     Parameters
     ----------
-    root : path, optional
-        The folder; by default `ML_ENSEMBLE_MODELS`, or `models/` of the project.
+    root : str or pathlib.Path, optional
+        The folder, created on the first write; by default the environment variable `ML_ENSEMBLE_MODELS`, or `models/`
+        of the project.
     clock : callable, optional
-        Gives the present moment (for names of versions and backups, never for order).
+        Returns the current time, a `datetime` with a time zone. It is used in names and in the history; the order of
+        versions does not depend on it.
+
+    Attributes
+    ----------
+    root, production, archive : pathlib.Path
+        The folder, and its subfolders `production/` and `archive/`.
+
+    Raises
+    ------
+    ConfigError
+        There is no `root`, `ML_ENSEMBLE_MODELS` is not set, and the current folder is not in a project.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from datetime import datetime, timezone
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> store = ModelStore(folder.name, clock=lambda: datetime(2025, 9, 1, tzinfo=timezone.utc))
+    >>> store.promote(b"content of a model file", {"note": "first"})["version"]
+    '20250901-0001'
+    >>> metadata, model = store.read()
+    >>> metadata["sequence"], model
+    (1, b'content of a model file')
+    >>> folder.cleanup()
     """
 
     def __init__(self, root: str | Path | None = None, clock: Callable[[], datetime] = utc_now):
@@ -79,51 +105,265 @@ class ModelStore:
         self.production, self.archive = self.root / "production", self.root / "archive"
 
     def current(self) -> dict | None:
-        "Metadata of the version in production, or None before the first promotion."
+        """Metadata of the version in production; the model is not read.
+
+        Returns
+        -------
+        dict or None
+            At least `version`, `sequence` and `sha256`; None before the first promotion.
+
+        Raises
+        ------
+        IntegrityError
+            The metadata file is not JSON, or lacks one of the three fields.
+        StoreError
+            `version` in the metadata is not the name of a version.
+
+        Examples
+        --------
+        >>> store.current()["version"]
+        '20250901-0001'
+        """
         path = self.production / METADATA_FILE
         return read_metadata(path) if path.exists() else None
 
     def read(self, version: str | None = None) -> tuple[dict, bytes]:
-        "Metadata and verified bytes of a version; without one, of the version in production."
+        """Metadata and verified bytes of a version.
+
+        Parameters
+        ----------
+        version : str, optional
+            Name of an archived version; by default the version in production.
+
+        Returns
+        -------
+        tuple of dict and bytes
+            The metadata, and the content of the model file, whose SHA-256 is the one in the metadata.
+
+        Raises
+        ------
+        ModelNotFoundError
+            Nothing was promoted yet, or there is no such version.
+        StoreError
+            `version` is not the name of a version.
+        IntegrityError
+            A file cannot be read, or its hash is not the one in the metadata. `LFSPointerError`, a subclass, if it is
+            a Git LFS pointer.
+
+        Warns
+        -----
+        RuntimeWarning
+            The production files are damaged, and the same or an earlier version from the archive is returned.
+
+        Examples
+        --------
+        >>> metadata, model = store.read()
+        >>> metadata["size_bytes"] == len(model)
+        True
+        >>> store.read("20250901-0009")
+        Traceback (most recent call last):
+        ml_ensemble.core.ModelNotFoundError: version 20250901-0009 is not in the archive. There are: 20250901-0001.
+        """
         return _read_production(self) if version is None else read_archived(self, version)
 
     def versions(self) -> list[str]:
-        "All archived versions, oldest first."
+        """Names of all archived versions.
+
+        Returns
+        -------
+        list of str
+            Oldest first, in the order of their sequence numbers.
+
+        Examples
+        --------
+        >>> store.versions()
+        ['20250901-0001']
+        """
         prefix = "production_model_metadata_"
-        found = (path.stem.removeprefix(prefix) for path in self.archive.glob(f"{prefix}*.json"))
-        return sorted((v for v in found if _VERSION.fullmatch(v)), key=_sequence_number)
+        names = (path.stem.removeprefix(prefix) for path in self.archive.glob(f"{prefix}*.json"))
+        return sorted((name for name in names if _VERSION.fullmatch(name)), key=_sequence_number)
 
     def history(self) -> list[dict]:
-        "What happened, oldest first: promotions, rollbacks, refusals."
+        """Events of the store: promotions, rollbacks, rejected candidates and whatever `record` has added.
+
+        Returns
+        -------
+        list of dict
+            Oldest first. Each has `at` (ISO 8601, UTC) and `kind`. Truncated lines are skipped.
+
+        Examples
+        --------
+        >>> [(event["kind"], event["version"]) for event in store.history()]
+        [('promotion', '20250901-0001')]
+        """
         return _read_history(self.archive / "history.jsonl")
 
-    def record(self, kind: str, **facts) -> dict:
-        "Append an event to the history."
-        return _append_history(self.archive / "history.jsonl", {"at": iso(self.clock()), "kind": kind, **facts})
+    def record(self, kind: str, **fields) -> dict:
+        """Append an event to the history.
+
+        Parameters
+        ----------
+        kind : str
+            Kind of the event.
+        **fields
+            Further fields, JSON-safe; those that are None are omitted.
+
+        Returns
+        -------
+        dict
+            The event as written, with `at` and `kind`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A field cannot be written as JSON; NaN and infinity are not allowed.
+        OSError
+            The file cannot be written.
+
+        Examples
+        --------
+        >>> store.record("note", text="fees changed")
+        {'at': '2025-09-01T00:00:00Z', 'kind': 'note', 'text': 'fees changed'}
+        """
+        return _append_history(self.archive / "history.jsonl", {"at": iso(self.clock()), "kind": kind, **fields})
 
     def promote(self, model: bytes, metadata: dict, *, expected: int | None = None,
                 verify: Callable[[Path], object] | None = None) -> dict:
-        """Put a new version into production; returns its metadata.
+        """Put a new version into production.
 
-        `expected` is the sequence the caller saw in production (0 for none): a store that has moved on is an error.
-        `verify` gets the archived model's path and may raise.
+        Parameters
+        ----------
+        model : bytes
+            Content of the model file, as returned by `ProductionEnsemble.to_bytes`.
+        metadata : dict
+            Further fields of the metadata, JSON-safe. The reserved fields `version`, `sequence`, `sha256`,
+            `size_bytes` and `event` are added: do not pass them.
+        expected : int, optional
+            Sequence number of the version in production with which the model was compared, 0 for none. By default it
+            is not checked.
+        verify : callable, optional
+            Called with the path of the archived model before production is changed. An exception cancels the promotion.
+
+        Returns
+        -------
+        dict
+            The complete metadata.
+
+        Raises
+        ------
+        StaleStoreError
+            The version in production has another sequence number than `expected`.
+        TypeError, ValueError
+            The metadata cannot be written as JSON; NaN and infinity are not allowed.
+        OSError
+            A file cannot be written.
+        filelock.Timeout
+            Another process has held the lock for 60 seconds.
+        MissingExtraError
+            The package filelock is not installed.
+        Exception
+            Any exception of `verify`. After each of these errors production is unchanged.
+
+        Warns
+        -----
+        RuntimeWarning
+            The version is in production, but the disk did not confirm it, or the history could not be written.
+
+        Examples
+        --------
+        >>> promoted = store.promote(b"content of a model file", {"note": "new fees"}, expected=1)
+        >>> promoted["version"], promoted["sequence"], promoted["event"]["replaced"]
+        ('20250901-0002', 2, '20250901-0001')
+        >>> store.promote(b"content of a model file", {}, expected=1)
+        Traceback (most recent call last):
+        ml_ensemble.core.StaleStoreError: production is at sequence 2, the candidate was compared with 1. Retrain: ...
         """
         with self.locked():
             return _promote_new(self, model, metadata, expected, verify)
 
     def rollback(self, reason: str, version: str | None = None, *,
                  verify: Callable[[Path], object] | None = None) -> dict:
-        "Bring an archived version back (by default the one before the present); returns its metadata."
+        """Put an archived version into production again.
+
+        Parameters
+        ----------
+        reason : str
+            Reason, written to the metadata and to the history.
+        version : str, optional
+            Name of an archived version; by default the newest one that is older than the version in production.
+        verify : callable, optional
+            Called with the path of the archived model before production is changed. An exception cancels the rollback.
+
+        Returns
+        -------
+        dict
+            The metadata, with the next sequence number; the name of the version is unchanged.
+
+        Raises
+        ------
+        StoreError
+            The reason is empty, or `version` is not the name of a version.
+        ModelNotFoundError
+            There is no such version, or no older one.
+        IntegrityError
+            The archived files are damaged.
+        OSError, filelock.Timeout, MissingExtraError
+            As in `promote`.
+        Exception
+            Any exception of `verify`. After each of these errors production is unchanged.
+
+        Examples
+        --------
+        >>> promoted = store.promote(b"content of a model file", {})
+        >>> restored = store.rollback("F1 fell after the fee change")
+        >>> restored["version"], restored["sequence"]
+        ('20250901-0001', 3)
+        """
         with self.locked():
             return _roll_back(self, reason, version, verify)
 
     def backup(self) -> Path:
-        "Copy the production pair to `production_backup_<timestamp>/`."
+        """Copy the files in production, damaged or not, to a new folder `production_backup_<timestamp>/`.
+
+        Returns
+        -------
+        pathlib.Path
+            The folder.
+
+        Raises
+        ------
+        ModelNotFoundError
+            There is no version in production.
+        OSError, filelock.Timeout, MissingExtraError
+            As in `promote`.
+
+        Examples
+        --------
+        >>> store.backup().name
+        'production_backup_20250901T000000Z'
+        """
         with self.locked():
             return _backup_pair(self)
 
     def locked(self):
-        "The store's lock: the kernel frees it when its holder dies."
+        """Lock of the store, which `promote`, `rollback` and `backup` use; released when the process ends.
+
+        Returns
+        -------
+        filelock.FileLock
+            A context manager. Entering it waits up to 60 seconds, then raises `filelock.Timeout`. Do not call
+            `promote`, `rollback` or `backup` in the block: they wait for the same lock.
+
+        Raises
+        ------
+        MissingExtraError
+            The package filelock is not installed.
+
+        Examples
+        --------
+        >>> with store.locked():
+        ...     version = store.current()["version"]        # no promotion in between
+        """
         with requires_extra():
             from filelock import FileLock
         self.root.mkdir(parents=True, exist_ok=True)
@@ -138,15 +378,15 @@ def archived(store: ModelStore, version: str) -> tuple[Path, Path]:
 
 def read_archived(store: ModelStore, version: str) -> tuple[dict, bytes]:
     "Metadata and verified bytes of an archived version."
-    model, metadata = archived(store, version)
-    if not metadata.exists():
+    model_path, metadata_path = archived(store, version)
+    if not metadata_path.exists():
         known = ", ".join(store.versions()[-5:]) or "none"
         raise ModelNotFoundError(f"version {version} is not in the archive", f"There are: {known}.")
-    facts = read_metadata(metadata)
-    return facts, verify_bytes(read_bytes(model), facts, f"archive/{model.name}")
+    metadata = read_metadata(metadata_path)
+    return metadata, verify_bytes(read_bytes(model_path), metadata, f"archive/{model_path.name}")
 
 def read_bytes(path: Path) -> bytes:
-    "A file's bytes; a missing model is a damaged store."
+    "The content of a model file; IntegrityError if it cannot be read."
     try:
         return path.read_bytes()
     except OSError as error:
@@ -155,47 +395,47 @@ def read_bytes(path: Path) -> bytes:
 
 # %% ../nbs/10_versioning.ipynb #eccc4bfa
 def _read_production(store: ModelStore) -> tuple[dict, bytes]:
-    "Metadata and verified bytes of the version in production, or of the newest whole one before it."
-    wanted = _last_in_production(store)
+    "Metadata and verified bytes of the version in production, or of the newest intact one before it."
+    version = _last_in_production(store)
     try:
-        facts = read_metadata(store.production / METADATA_FILE)
-        wanted = facts["version"]
-        return facts, verify_bytes(read_bytes(store.production / MODEL_FILE), facts, f"production/{MODEL_FILE}")
+        metadata = read_metadata(store.production / METADATA_FILE)
+        version = metadata["version"]
+        return metadata, verify_bytes(read_bytes(store.production / MODEL_FILE), metadata, f"production/{MODEL_FILE}")
     except StoreError as error:
-        if wanted is None:
+        if version is None:
             raise
-        return _read_fallback(store, wanted, error)
+        return _read_fallback(store, version, error)
 
-def _read_fallback(store: ModelStore, wanted: str, fault: StoreError) -> tuple[dict, bytes]:
-    "The archived copy of the wanted version, or the newest whole one before it, with a warning; else the fault."
-    for version in reversed([v for v in store.versions() if _sequence_number(v) <= _sequence_number(wanted)]):
+def _read_fallback(store: ModelStore, newest: str, fault: StoreError) -> tuple[dict, bytes]:
+    "The archived copy of version `newest`, or the newest intact one before it, with a warning; else raise `fault`."
+    for version in reversed([v for v in store.versions() if _sequence_number(v) <= _sequence_number(newest)]):
         try:
-            facts, model = read_archived(store, version)
+            metadata, model = read_archived(store, version)
         except StoreError:
             continue
         warn(f"{fault} Version {version} from the archive serves instead.", RuntimeWarning, stacklevel=4)
-        return facts, model
+        return metadata, model
     raise fault
 
 def _sequence_number(version: str) -> int:
-    "The sequence number a version was made under."
+    "The sequence number in the name of a version."
     return int(version[9:])
 
 def _last_in_production(store: ModelStore) -> str | None:
-    "The version of the last promotion or rollback on record."
+    "The version of the last promotion or rollback in the history."
     events = [event for event in store.history() if event.get("kind") in ("promotion", "rollback")]
     version = events[-1].get("version") if events else None
     return version if isinstance(version, str) and _VERSION.fullmatch(version) else None
 
 # %% ../nbs/10_versioning.ipynb #415f8742
-def _timestamp(metadata: dict, model: bytes, sequence: int, now: datetime, current: dict | None) -> dict:
+def _complete_metadata(metadata: dict, model: bytes, sequence: int, now: datetime, current: dict | None) -> dict:
     "Complete the metadata of a new version."
     return {"version": version_id(sequence, now), "sequence": sequence, "sha256": sha256_hex(model),
             "size_bytes": len(model), **metadata,
             "event": {"kind": "promotion", "at": iso(now), "replaced": current["version"] if current else None}}
 
 def _next_sequence(store: ModelStore, current: dict | None) -> int:
-    "One more than the highest number ever used."
+    "One more than the highest sequence number in production, history and archive."
     used = [event["sequence"] for event in store.history() if isinstance(event.get("sequence"), int)]
     return max([current["sequence"] if current else 0, *used, *map(_sequence_number, store.versions())]) + 1
 
@@ -205,58 +445,60 @@ def _promote_new(store: ModelStore, model: bytes, metadata: dict, expected: int 
     current, now = present_or_damaged(store), store.clock()
     present = current["sequence"] if current else 0
     if expected is not None and expected != present:
-        raise StaleStoreError(f"production is at sequence {present}, the candidate was judged against {expected}",
-                              "Retrain: the candidate must be compared with what trades now.")
-    facts = _timestamp(metadata, model, _next_sequence(store, current), now, current)
-    paths = archived(store, facts["version"])
+        raise StaleStoreError(f"production is at sequence {present}, the candidate was compared with {expected}",
+                              "Retrain: the candidate must be compared with the version in production.")
+    complete = _complete_metadata(metadata, model, _next_sequence(store, current), now, current)
+    paths = archived(store, complete["version"])
     try:
         write_atomic(paths[0], model)
-        write_atomic(paths[1], readable_json(facts))
+        write_atomic(paths[1], readable_json(complete))
         if verify:
             verify(paths[0])
-        install(store, model, facts)
+        install(store, model, complete)
     except BaseException:
-        if (present_or_damaged(store) or {}).get("version") != facts["version"]:
+        if (present_or_damaged(store) or {}).get("version") != complete["version"]:
             for path in paths:
                 path.unlink(missing_ok=True)
         raise
-    return facts
+    return complete
 
 # %% ../nbs/10_versioning.ipynb #a16bdf7d
-def install(store: ModelStore, model: bytes, facts: dict) -> None:
+def install(store: ModelStore, model: bytes, metadata: dict) -> None:
     "Back up, replace the production pair (metadata last) and write the history."
     backup = _backup_pair(store) if (store.production / METADATA_FILE).exists() else None
     try:
         write_atomic(store.production / MODEL_FILE, model)
-        write_atomic(store.production / METADATA_FILE, readable_json(facts))
+        write_atomic(store.production / METADATA_FILE, readable_json(metadata))
     except OSError as error:
-        if (present_or_damaged(store) or {}).get("sequence") != facts["sequence"]:
+        if (present_or_damaged(store) or {}).get("sequence") != metadata["sequence"]:
             if backup:
                 _restore_production(backup / MODEL_FILE, store.production / MODEL_FILE)
             raise
-        warn(f"version {facts['version']} is in production, but the disk did not confirm it ({error})", RuntimeWarning, stacklevel=2)
-    _record_change(store, facts)
+        warn(f"version {metadata['version']} is in production, but the disk did not confirm it ({error})",
+             RuntimeWarning, stacklevel=2)
+    _record_change(store, metadata)
 
-def _record_change(store: ModelStore, facts: dict) -> None:
-    "Write a change of production into the history; the change stands even if the line cannot be written."
+def _record_change(store: ModelStore, metadata: dict) -> None:
+    "Append a change of production to the history; a warning if the line cannot be written."
     try:
-        store.record(facts["event"]["kind"], sequence=facts["sequence"], version=facts["version"],
-                     replaced=facts["event"]["replaced"], reason=facts["event"].get("reason"))
+        store.record(metadata["event"]["kind"], sequence=metadata["sequence"], version=metadata["version"],
+                     replaced=metadata["event"]["replaced"], reason=metadata["event"].get("reason"))
     except OSError as error:
-        warn(f"version {facts['version']} is in production, but the history lacks it ({error})", RuntimeWarning, stacklevel=2)
+        warn(f"version {metadata['version']} is in production, but the history lacks it ({error})",
+             RuntimeWarning, stacklevel=2)
 
-def _restore_production(kept: Path, target: Path) -> None:
-    "Let `target` be the kept file again without needing any space: a second name for it, moved into place."
+def _restore_production(backup: Path, target: Path) -> None:
+    "Replace `target` by a hard link to the backup, which needs no disk space."
     link = target.with_name(f".{target.name}.tmp")
     try:
-        os.link(kept, link)
+        os.link(backup, link)
         os.replace(link, target)
     except OSError as error:
-        warn(f"{target} could not be put back ({error}); readers take the archived copy", RuntimeWarning, stacklevel=2)
+        warn(f"{target} could not be restored ({error}); readers use the archived copy", RuntimeWarning, stacklevel=2)
 
 # %% ../nbs/10_versioning.ipynb #cd589338
 def present_or_damaged(store: ModelStore) -> dict | None:
-    "Metadata in production; None when there is none or it cannot be read."
+    "Metadata of the version in production; None if it is missing or cannot be read."
     try:
         return store.current()
     except StoreError:
@@ -281,22 +523,22 @@ def _backup_pair(store: ModelStore) -> Path:
 def _roll_back(store: ModelStore, reason: str, version: str | None, verify) -> dict:
     "The steps of a rollback; the caller holds the lock."
     if not reason.strip():
-        raise StoreError("the rollback has no reason", "Say why: `ml-ensemble rollback --reason \"...\"`.")
+        raise StoreError("the rollback has no reason", "Pass a reason: `ml-ensemble rollback --reason \"...\"`.")
     current = present_or_damaged(store)
     version = version or _version_before(store, current)
-    facts, model = read_archived(store, version)
+    metadata, model = read_archived(store, version)
     if verify:
         verify(archived(store, version)[0])
     event = {"kind": "rollback", "at": iso(store.clock()), "reason": reason,
              "replaced": current["version"] if current else None}
-    facts = {**facts, "sequence": _next_sequence(store, current), "event": event}
-    install(store, model, facts)
-    return facts
+    metadata = {**metadata, "sequence": _next_sequence(store, current), "event": event}
+    install(store, model, metadata)
+    return metadata
 
 def _version_before(store: ModelStore, current: dict | None) -> str:
     "The newest archived version older than the one in production."
     present = current["version"] if current else _last_in_production(store)
-    older = [version for version in store.versions() if present and _sequence_number(version) < _sequence_number(present)]
+    older = [name for name in store.versions() if present and _sequence_number(name) < _sequence_number(present)]
     if not older:
         raise ModelNotFoundError(f"no archived version is older than {present}",
                                  "Name one with --to; `ml-ensemble history` lists them.")
@@ -304,7 +546,7 @@ def _version_before(store: ModelStore, current: dict | None) -> str:
 
 # %% ../nbs/10_versioning.ipynb #391ca0e7
 def _append_history(path: Path, event: dict) -> dict:
-    "Append one line and make it durable."
+    "Append one line and flush it to the disk."
     path.parent.mkdir(parents=True, exist_ok=True)
     event = {key: value for key, value in event.items() if value is not None}
     line = json.dumps(event, allow_nan=False, ensure_ascii=False) + "\n"
@@ -322,7 +564,7 @@ def _ends_with_newline(file) -> bool:
     return file.read(1) == b"\n"
 
 def _read_history(path: Path) -> list[dict]:
-    "All whole lines that are events."
+    "All events; truncated lines are skipped."
     events = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:

@@ -122,7 +122,7 @@ FAULTS = {   # what happens to the table -> the error, and what its message must
     "empty": (lambda t: t.iloc[:0], core.EmptyDataError, "no rows"),
     "unsorted": (lambda t: t.iloc[[0, 1, 3, 2, *range(4, BARS)]], core.UnsortedError, r"row 3 \(2022-01-01 08:00:00\)"),
     "duplicate": (lambda t: t.iloc[[0, 1, 1, *range(2, BARS)]], core.DuplicateError, r"row 2 \(2022-01-01 04:00:00\)"),
-    "gap": (lambda t: t.drop(index=5), core.GapError, r"row 5 \(2022-01-02 00:00:00\): it comes 480 minutes"),
+    "gap": (lambda t: t.drop(index=5), core.GapError, r"row 5 \(2022-01-02 00:00:00\): it is 480 minutes"),
     "missing": (change(11, "volume", None), core.MissingValueError, r"row 11 .*volume is nan"),
     "infinite": (change(12, "high", math.inf), core.InfiniteValueError, "row 12 .*high is inf"),
     "negative": (change(13, "low", -1.0), core.NegativeValueError, "row 13 .*low is -1"),

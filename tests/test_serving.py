@@ -667,7 +667,7 @@ def test_the_information_is_complete_json_and_a_table(store):
     assert info["size_bytes"] == (store.production / MODEL_FILE).stat().st_size > info["graph_bytes"] > 10_000
     assert info["expires_at"]["clock"] == "2025-09-15T00:00:00Z" and len(info["range_limits"]) == 12
     shown = model._repr_markdown_()
-    for part in (info["version"], "platt", "0 hold, 1 buy, buy from 0.45", "2025-09-15", "1 of its width beyond"):
+    for part in (info["version"], "platt", "0 hold, 1 buy, buy from 0.45", "2025-09-15", "extended by 1 of its width"):
         assert part in shown
     assert "never: no metadata" in sandbox_ensemble()._repr_markdown_()
 
@@ -733,7 +733,7 @@ def test_a_bar_without_a_time_counts_as_the_next_one():
     model, candles = told_rhythm(), simulate_market(300, seed=8)[0]
     rows, times = bars(candles), candles.index
     model.warm_up(candles.iloc[:200]).decide(*rows[200])
-    with pytest.raises(GapError, match="247 minutes after the bar before, the others are 240"):
+    with pytest.raises(GapError, match="247 minutes after the previous bar, the others are 240"):
         model.decide(*rows[201], time=times[201] + timedelta(minutes=7))
     assert model.decide(*rows[201], time=times[201]).reason == ""
 
