@@ -34,6 +34,8 @@ TINY = {name: {**FEW[name], "n_estimators": 4} for name in LEARNERS} | {"n_jobs"
 CONTRACTS = {"default": {}, "prior": {"incomplete": "prior"},
              "learned": {"weighting": "learned", "calibration": "auto", "cv": StratifiedKFold(2)}}
 ARRAY_API = "check_array_api_input"      # needs a variable that is read when scipy is first imported
+# Limits of the libraries count rows, whatever their weight; scikit-learn expects its own forest to fail this check too.
+EXPECTED_TO_FAIL = "check_sample_weight_equivalence_on_dense_data"
 
 
 def check_name(check) -> str:
@@ -43,7 +45,7 @@ def check_name(check) -> str:
 CHECKS = [pytest.param(model, check, id=f"{name}-{number}-{check_name(check)}")
           for name, own in CONTRACTS.items()
           for number, (model, check) in enumerate(estimator_checks_generator(EnsembleClassifier(**TINY, **own)))
-          if check_name(check) != ARRAY_API]
+          if check_name(check) not in (ARRAY_API, EXPECTED_TO_FAIL)]
 
 
 @pytest.mark.filterwarnings("ignore:Using the fractional value max_samples")
@@ -99,11 +101,11 @@ def test_its_probabilities_are_those_of_the_weekly_recipe_bit_for_bit(data, thre
         assert model.classes_.tolist() == list(rows.classes)
 
 
-@pytest.mark.parametrize(("weighting", "calibration"), [("learned", "platt"), ("greedy", "isotonic")])
-def test_its_mixture_is_that_of_the_weekly_recipe(data, weighting, calibration):
-    mixing = BlendConfig(SHARES, weighting, SETTINGS.ensemble.shrinkage, calibration,
-                    SETTINGS.ensemble.calibration_shrinkage)
-    expected = walk_forward_blend(walked(data, seed=11), mixing).final
+@pytest.mark.parametrize(("weighting", "calibration"), [("learned", "platt"), ("learned", "none"), ("fixed", "platt")])
+def test_its_blend_is_that_of_the_weekly_recipe(data, weighting, calibration):
+    config = BlendConfig(SHARES, weighting=weighting, shrinkage=SETTINGS.ensemble.shrinkage, calibration=calibration,
+                         calibration_shrinkage=SETTINGS.ensemble.calibration_shrinkage)
+    expected = walk_forward_blend(walked(data, seed=11), config).final
     folds = list(SPLITTER.split(data.features, groups=data.end_time))
     model = EnsembleClassifier(**PARAMETERS, weighting=weighting, calibration=calibration, cv=folds, random_state=11,
                                n_jobs=1).fit(data.inputs, data.y)
@@ -192,8 +194,8 @@ def test_parameters_inside_the_dicts():
         model.set_params(catboost__depth=3)
 
 
-def test_a_pickle_and_a_copy_answer_alike(data):
-    model = EnsembleClassifier(**FEW, weighting="greedy").fit(data.inputs, data.y)
+def test_a_pickle_predicts_like_the_model_and_a_clone_is_not_fitted(data):
+    model = EnsembleClassifier(**FEW, weighting="learned").fit(data.inputs, data.y)
     again = pickle.loads(pickle.dumps(model))
     assert again.predict_proba(data.inputs).tobytes() == model.predict_proba(data.inputs).tobytes()
     with pytest.raises(NotFittedError):
@@ -225,27 +227,19 @@ def test_any_labels_in_any_number_from_two_on(data, names):
     assert (by_word.predict(data.inputs) == words).mean() > 0.9
 
 
-@pytest.mark.parametrize("how", [{}, {"weighting": "learned", "calibration": "platt"}], ids=["fixed", "learned"])
-def test_a_row_of_weight_two_is_the_row_twice_and_one_of_weight_zero_is_not_there(data, how):
-    rng = np.random.default_rng(0)
-    weight = rng.integers(0, 4, len(data))
-    how = FEW | how | {"cv": None if not how else "set below"}
+@pytest.mark.parametrize("options", [{}, {"weighting": "learned", "calibration": "platt"}], ids=["fixed", "learned"])
+def test_a_row_of_weight_zero_has_no_influence_and_equal_weights_are_no_weights(data, options):
+    row, half = np.arange(len(data)), len(data) // 2
+    weight = np.random.default_rng(0).integers(0, 2, len(data)).astype(float)
+    kept = weight > 0
 
-    def answer(X, y, parts, sample_weight=None):
-        model = EnsembleClassifier(**how | {"cv": parts if how["cv"] else None})
-        return model.fit(X, y, sample_weight).predict_proba(data.inputs)
+    def proba(rows, sample_weight=None):
+        folds = [(np.flatnonzero(row[rows] < half), np.flatnonzero(row[rows] >= half))]
+        model = EnsembleClassifier(**FEW | options | {"cv": folds if options else None})
+        return model.fit(data.inputs[rows], data.y[rows], sample_weight).predict_proba(data.inputs)
 
-    n, half = np.arange(len(data)), len(data) // 2
-    folds = [(n[:half], n[half:])]
-    copies = np.repeat(n, weight)
-    split = [(np.flatnonzero(copies < half), np.flatnonzero(copies >= half))]
-    weighted, written = answer(data.inputs, data.y, folds, weight), answer(data.inputs[copies], data.y[copies], split)
-    assert weighted.tobytes() == written.tobytes()
-    there = weight > 0
-    kept = [(np.flatnonzero(n[there] < half), np.flatnonzero(n[there] >= half))]
-    zeroed, removed = (answer(data.inputs, data.y, folds, there.astype(float)),
-                       answer(data.inputs[there], data.y[there], kept))
-    assert zeroed.tobytes() == removed.tobytes() != weighted.tobytes()
+    assert proba(row, weight).tobytes() == proba(kept).tobytes() != proba(row).tobytes()
+    assert proba(row, np.full(len(data), 3.0)).tobytes() == proba(row).tobytes()
 
 
 def test_a_class_without_weight_is_no_class(three):
@@ -274,15 +268,16 @@ def test_weights_that_are_not_whole_reach_all_three_learners_and_the_mixture(dat
     folds = [(n[:900], n[900:])]
     model = EnsembleClassifier(**FEW, weighting="learned", cv=folds).fit(data.inputs, data.y, weight)
     make = lambda: make_learners(model.parameters_, load_settings().seed, 1)
-    proba, rows = _predict_out_of_fold(make, data.inputs, data.y, weight, model.classes_, folds, workers=1)
+    proba, rows = _predict_out_of_fold(make, data.inputs, data.y, weight, classes=model.classes_, folds=folds,
+                                       workers=1)
     hit, fixed = prob_of_true_class(proba, data.y[rows]), np.array([0.4, 0.4, 0.2])
     expected = learn_weights(hit, fixed, SETTINGS.ensemble.shrinkage, weight[rows] / weight[rows].mean())
     np.testing.assert_allclose(list(model.weights_.values()), expected, atol=1e-12)
     assert np.abs(expected - learn_weights(hit, fixed, SETTINGS.ensemble.shrinkage)).max() > 1e-3
 
 
-def test_weights_too_large_to_be_written_out_count_relative_to_each_other(data):
-    weight = np.where(data.y == 1, 30, 10)
+def test_only_the_ratios_of_weights_matter(data):
+    weight = np.where(data.y == 1, 3, 1)
     first, second = (EnsembleClassifier(**FEW).fit(data.inputs, data.y, weight * factor).predict_proba(data.inputs)
                      for factor in (1, 10**7))
     np.testing.assert_allclose(first, second, atol=1e-9)
@@ -301,10 +296,9 @@ def test_incomplete_rows_are_not_there_and_are_answered_with_the_class_shares(da
 
 # -- what is learned -----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("weighting", ["learned", "greedy"])
-def test_learned_weights_lie_on_the_simplex_and_fit_the_out_of_fold_rows(data, weighting):
+def test_learned_weights_lie_on_the_simplex_and_fit_the_out_of_fold_rows(data):
     folds = list(SPLITTER.split(data.features, groups=data.end_time))
-    model = EnsembleClassifier(**PARAMETERS, weighting=weighting, cv=folds, random_state=11, n_jobs=1)
+    model = EnsembleClassifier(**PARAMETERS, weighting="learned", cv=folds, random_state=11, n_jobs=1)
     weights = model.fit(data.inputs, data.y).weights_
     assert list(weights) == list(LEARNERS) and min(weights.values()) >= 0
     assert sum(weights.values()) == pytest.approx(1, abs=1e-12)
@@ -321,20 +315,19 @@ def test_learned_weights_find_the_learner_that_knows(data):
     assert weights["random_forest"] > 0.9
 
 
-@pytest.mark.parametrize("kind", ["platt", "isotonic"])
-def test_calibration_makes_a_timid_ensemble_surer_and_better(kind, monkeypatch):
+def test_calibration_makes_an_underconfident_ensemble_more_confident_and_better(monkeypatch):
     rng = np.random.default_rng(2)
     X = rng.normal(size=(4000, 3)).astype(np.float32)
     truth = 1 / (1 + np.exp(-2 * X[:, 0]))
     y = (rng.random(4000) < truth).astype(int)
-    timid = FEW | {"lightgbm": {"n_estimators": 10, "learning_rate": 0.02}, "weights": (0.5, 0.5, 0.0),
+    underconfident = FEW | {"lightgbm": {"n_estimators": 10, "learning_rate": 0.02}, "weights": (0.5, 0.5, 0.0),
                    "xgboost": {"n_estimators": 10, "learning_rate": 0.02}}
-    answer = lambda calibration: EnsembleClassifier(**timid, calibration=calibration, cv=2).fit(
+    calibrated_with = lambda calibration: EnsembleClassifier(**underconfident, calibration=calibration, cv=2).fit(
         X[:3000], y[:3000]).predict_proba(X[3000:])[:, 1]
-    raw, held_back = answer("none"), answer(kind)
-    assert log_loss(y[3000:], held_back) < log_loss(y[3000:], raw)        # platt as firmly held back as configured
+    raw, shrunk = calibrated_with("none"), calibrated_with("platt")
+    assert log_loss(y[3000:], shrunk) < log_loss(y[3000:], raw)           # with the configured shrinkage
     monkeypatch.setenv("ML_ENSEMBLE_ENSEMBLE__CALIBRATION_SHRINKAGE", "0")
-    calibrated = answer(kind)
+    calibrated = calibrated_with("platt")
     assert calibrated.std() > 2 * raw.std()
     assert np.abs(calibrated - truth[3000:]).mean() < np.abs(raw - truth[3000:]).mean() / 2
     assert log_loss(y[3000:], calibrated) < log_loss(y[3000:], raw) - 0.05
@@ -347,7 +340,7 @@ def test_a_forest_that_is_sure_breaks_no_logarithm():
     y = (X[:, 0] > 0).astype(int)
     y[::50] = 1 - y[::50]
     sure = {"min_samples_leaf": 1, "max_depth": None, "n_estimators": 5}
-    for weighting in ("fixed", "learned", "greedy"):
+    for weighting in ("fixed", "learned"):
         model = EnsembleClassifier(**FEW | {"random_forest": sure}, weights=(0, 0, 1), weighting=weighting,
                                    calibration="platt", cv=2).fit(X, y)
         assert np.isfinite(model.predict_proba(X)).all() and np.isfinite(list(model.weights_.values())).all()
@@ -356,7 +349,7 @@ def test_a_forest_that_is_sure_breaks_no_logarithm():
 
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_a_seed_gives_the_same_bits_and_another_seed_others(data, at_once):
-    how = FEW | {"n_jobs": at_once, "weighting": "learned", "calibration": "isotonic", "cv": 2}
+    how = FEW | {"n_jobs": at_once, "weighting": "learned", "calibration": "platt", "cv": 2}
     first, second, other = (EnsembleClassifier(**how, random_state=seed).fit(data.inputs, data.y).predict_proba(data.inputs)
                             for seed in (5, 5, 6))
     assert first.tobytes() == second.tobytes() != other.tobytes()
@@ -384,8 +377,8 @@ def test_learners_see_float32(data):
     ({"weights": (0.5, 0.5)}, "Pass three non-negative numbers"),
     ({"weights": (np.nan, 0.5, 0.5)}, "the weights are"),
     ({"weights": "equal"}, "the weights are 'equal'"),
-    ({"weighting": "best"}, "weighting is 'best'. Use one of fixed, learned, greedy"),
-    ({"calibration": "sigmoid"}, "calibration is 'sigmoid'. Use one of none, auto, platt, isotonic"),
+    ({"weighting": "best"}, "weighting is 'best'. Use one of fixed, learned"),
+    ({"calibration": "sigmoid"}, "calibration is 'sigmoid'. Use one of none, auto, platt"),
     ({"incomplete": "drop"}, "incomplete is 'drop'. Use one of refuse, prior"),
     ({"lightgbm": {"num_leafs": 3}}, "lightgbm has no parameter 'num_leafs'. Did you mean num_leaves?"),
     ({"lightgbm": {"min_data_in_leaf": 3, "min_child_samples": 3}}, "min_child_samples of lightgbm is given twice"),
