@@ -132,9 +132,9 @@ class BlendConfig:
     slippage: float = 0.0005               # slippage, likewise; half the estimated spread where it is larger
     horizon: int = 1                       # bars to hold after a buy
 
-    def cost(self, walk: WalkForwardResult) -> np.ndarray:
+    def cost(self, result: WalkForwardResult) -> np.ndarray:
         "(N,) cost of one change of position at each row, from the spread estimated when its fold began."
-        return np.asarray(side_cost(walk.spread, self.fee, self.slippage))
+        return np.asarray(side_cost(result.spread, self.fee, self.slippage))
 
 @dataclass(frozen=True)
 class Blend:
@@ -154,20 +154,20 @@ class Blend:
 # %% ../nbs/35_blending.ipynb #f6f918ad
 def fit_blend(
     config: BlendConfig,
-    walk: WalkForwardResult,
+    result: WalkForwardResult,
     rows: np.ndarray,    # (N,) bool mask of the rows to fit on; may be empty
     share: np.ndarray,   # (K,) share of each class in the training rows of the blended learners
 ) -> Blend:
     "Fit weights, calibration and threshold on some rows of out-of-fold predictions."
-    names, kind = list(walk.proba), calibration_kind(config, walk.classes)
-    past, y = {name: p[rows] for name, p in walk.proba.items()}, walk.y[rows]
+    names, kind = list(result.proba), calibration_kind(config, result.classes)
+    past, y = {name: p[rows] for name, p in result.proba.items()}, result.y[rows]
     fixed = np.array([config.weights[name] for name in names])
     weights = fixed
     if rows.any() and config.weighting != "fixed":
-        p_true = prob_of_true_class(past, np.searchsorted(walk.classes, y))
+        p_true = prob_of_true_class(past, np.searchsorted(result.classes, y))
         weights = learn_weights(p_true, fixed, config.shrinkage)
     blended = Blend(dict(zip(names, weights.tolist())), threshold=config.threshold)
-    if len(walk.classes) > 2:
+    if len(result.classes) > 2:
         return blended
     center = float(np.log(share[1] / share[0])) if config.balanced else 0.0
     calibration = fit_calibration(kind, blended.proba(past)[:, 1], y, center=center,
@@ -176,7 +176,7 @@ def fit_blend(
     if not rows.any():
         return calibrated
     return replace(calibrated, threshold=_fit_threshold(
-        config.objective, calibrated.proba(past)[:, 1], y, walk.returns[rows], cost=config.cost(walk)[rows],
+        config.objective, calibrated.proba(past)[:, 1], y, result.returns[rows], cost=config.cost(result)[rows],
         fixed=config.threshold, horizon=config.horizon))
 
 def calibration_kind(config: BlendConfig, classes: tuple[int, ...]) -> str:
@@ -196,14 +196,14 @@ class BlendResult:
     folds: list[Blend]         # blend applied to each fold
     final: Blend               # fitted on all rows, for the production version
 
-def walk_forward_blend(walk: WalkForwardResult, config: BlendConfig) -> BlendResult:
+def walk_forward_blend(result: WalkForwardResult, config: BlendConfig) -> BlendResult:
     "Blend the learners' predictions fold by fold, each with a blend fitted on earlier settled rows."
-    proba, threshold, blends = np.empty_like(walk.prior), np.empty(len(walk.y)), []
-    for number, (_, _, begin, _) in enumerate(walk.folds, start=1):
-        test, past = walk.fold == number, (walk.fold < number) & (walk.end_time <= begin)
-        blend = fit_blend(config, walk, past, walk.prior[test][0])
-        proba[test] = blend.proba({name: p[test] for name, p in walk.proba.items()})
+    proba, threshold, blends = np.empty_like(result.prior), np.empty(len(result.y)), []
+    for number, (_, _, begin, _) in enumerate(result.folds, start=1):
+        test, past = result.fold == number, (result.fold < number) & (result.end_time <= begin)
+        blend = fit_blend(config, result, past, result.prior[test][0])
+        proba[test] = blend.proba({name: p[test] for name, p in result.proba.items()})
         threshold[test] = blend.threshold
         blends.append(blend)
-    final = fit_blend(config, walk, np.ones(len(walk.y), bool), walk.share)
-    return BlendResult(walk.predictions(proba), threshold, blends, final)
+    final = fit_blend(config, result, np.ones(len(result.y), bool), result.share)
+    return BlendResult(result.predictions(proba), threshold, blends, final)

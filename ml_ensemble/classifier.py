@@ -86,7 +86,7 @@ def _complete_rows(X: np.ndarray, incomplete: str, names: Sequence[str] | None =
     return ~missing.any(axis=1)
 
 # %% ../nbs/39_classifier.ipynb #434e6382
-def _folds_of(cv, X: np.ndarray, y: np.ndarray, rows: np.ndarray, settings: Settings) -> list[tuple]:
+def _folds_of(cv, X: np.ndarray, y: np.ndarray, *, rows: np.ndarray, settings: Settings) -> list[tuple]:
     "Row numbers of training and test parts of each fold, restricted to `rows`."
     if cv is None or isinstance(cv, Integral):
         chosen = settings.validation
@@ -123,7 +123,7 @@ class _Plan:
     weighting: str       # fixed, learned
     calibration: str     # none, platt
 
-def _fit_weights_and_calibration(plan: _Plan, proba: dict[str, np.ndarray], positions: np.ndarray,
+def _fit_weights_and_calibration(plan: _Plan, proba: dict[str, np.ndarray], positions: np.ndarray, *,
                                  count: np.ndarray | None, settings: Settings) -> Blend:
     "Fit weights and calibration on out-of-fold predictions with row weights `count`."
     weights, p_true = plan.fixed, prob_of_true_class(proba, positions)
@@ -199,10 +199,10 @@ def _fit_classifier(model, X: np.ndarray, y: np.ndarray, weight: np.ndarray) -> 
     make = lambda: make_learners(parameters, seed)
     final_blend, positions = Blend(dict(zip(LEARNERS, plan.fixed.tolist()))), encode(y[rows], classes)
     if plan.weighting != "fixed" or plan.calibration != "none":
-        folds = _folds_of(model.cv, X, y, rows, settings)
+        folds = _folds_of(model.cv, X, y, rows=rows, settings=settings)
         proba, tested = _predict_out_of_fold(make, X, y, weight, classes=classes, folds=folds, workers=workers)
         final_blend = _fit_weights_and_calibration(plan, proba, encode(y[tested], classes),
-                                                   _relative_weights(weight[tested]), settings)
+                                                   count=_relative_weights(weight[tested]), settings=settings)
     model.learners_ = _fit_weighted(make(), X[rows], positions, weight[rows], workers=workers, classes=len(classes))
     model.classes_, model.parameters_ = classes, parameters
     model.weights_, model.calibration_ = final_blend.weights, final_blend.calibration

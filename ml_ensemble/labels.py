@@ -20,7 +20,7 @@ def _label_table(candles: pd.DataFrame, label: np.ndarray, end: np.ndarray, forw
     columns = {"label": label.astype(np.int64), "end_time": candles.index[end], "forward_return": forward_return}
     return pd.DataFrame(columns, index=candles.index[:len(label)])
 
-def _check(candles: pd.DataFrame, horizon: int, threshold: float, classes: int, entry: str) -> None:
+def _check(candles: pd.DataFrame, *, horizon: int, threshold: float, classes: int, entry: str) -> None:
     if entry not in _ENTRIES:
         raise ValidationError(f"entry is {entry!r}", f"Use one of {', '.join(_ENTRIES)}.")
     if horizon < 1 or len(candles) <= horizon + (entry == "next_open"):
@@ -106,7 +106,7 @@ def forward_return_labels(candles: pd.DataFrame, horizon: int = 1, threshold: fl
     >>> labels["label"].tolist(), labels["forward_return"].tolist()
     ([1, 0, -1], [0.25, 0.0, -0.25])
     """
-    _check(candles, horizon, threshold, classes, entry)
+    _check(candles, horizon=horizon, threshold=threshold, classes=classes, entry=entry)
     offset = int(entry == "next_open")
     price = _entry_prices(candles, entry)[:len(candles) - offset]
     forward = price[horizon:] / price[:-horizon] - 1
@@ -163,7 +163,7 @@ def triple_barrier_labels(candles: pd.DataFrame, horizon: int = 6, threshold: fl
     >>> labels.astype(str).iloc[0].tolist()            # bar 2 touches 101, the upper barrier; sold at the open of bar 3
     ['1', '2024-01-01 12:00:00+00:00', '0.25']
     """
-    _check(candles, horizon, threshold, classes, entry)
+    _check(candles, horizon=horizon, threshold=threshold, classes=classes, entry=entry)
     offset = int(entry == "next_open")
     price, count = _entry_prices(candles, entry), len(candles) - horizon - offset
     upper, lower = _barrier_touches(candles, price[:count], horizon, threshold)

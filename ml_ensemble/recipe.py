@@ -78,6 +78,7 @@ def threshold_objective(settings: Settings) -> str:
     "Objective of the decision threshold; fixed for three classes, which are decided by the most probable class."
     return settings.ensemble.objective if settings.labels.classes == 2 else "fixed"
 
-def blend_learners(settings: Settings, walk: WalkForwardResult, weights: dict[str, float] | None = None) -> BlendResult:
+def blend_learners(settings: Settings, result: WalkForwardResult,
+                   weights: dict[str, float] | None = None) -> BlendResult:
     "Out-of-sample predictions of the blend, and the blend for production."
-    return walk_forward_blend(walk, blend_config(settings, weights))
+    return walk_forward_blend(result, blend_config(settings, weights))

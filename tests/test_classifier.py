@@ -128,7 +128,7 @@ def test_the_folds_are_purged_walk_forward_unless_others_are_given(data):
     assert configured.weights_ == same.weights_
 
 
-def test_what_is_not_given_is_as_configured(data, monkeypatch):
+def test_parameters_that_are_not_passed_are_as_configured(data, monkeypatch):
     configured = load_settings().learners.model_dump()
     model = EnsembleClassifier(**FEW).fit(data.inputs, data.y)
     assert model.parameters_ == {name: configured[name] | FEW[name] for name in LEARNERS}
@@ -141,7 +141,7 @@ def test_what_is_not_given_is_as_configured(data, monkeypatch):
 
 # -- scikit-learn's tools ------------------------------------------------------------------------------------------
 
-def test_candles_in_decisions_out(sandbox, data):
+def test_a_pipeline_predicts_from_candles(sandbox, data):
     labels = forward_return_labels(sandbox)
     ensemble = EnsembleClassifier(**FEW, incomplete="prior")
     model = make_pipeline(FeatureManager(), FunctionTransformer(scale_free), ensemble)
@@ -202,7 +202,7 @@ def test_a_pickle_predicts_like_the_model_and_a_clone_is_not_fitted(data):
         clone(model).predict(data.inputs)
 
 
-def test_columns_are_remembered(data):
+def test_column_names_are_stored_and_checked(data):
     table = pd.DataFrame(data.inputs, columns=[f"x{i}" for i in range(12)])
     model = EnsembleClassifier(**FEW).fit(table, data.y)
     assert model.n_features_in_ == 12 and model.feature_names_in_.tolist() == table.columns.tolist()
@@ -216,15 +216,15 @@ def test_columns_are_remembered(data):
 # -- labels, weights, incomplete rows ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("names", [["hold", "buy"], ["sell", "hold", "buy"], ["a", "b", "c", "d"]])
-def test_any_labels_in_any_number_from_two_on(data, names):
+def test_labels_can_be_text_or_numbers_of_two_or_more_classes(data, names):
     k = len(names)
     number = np.digitize(data.inputs[:, 1], np.quantile(data.inputs[:, 1], np.arange(1, k) / k))   # of something learnable
-    words = np.array(sorted(names), dtype=object)[number]
-    by_word, by_number = (EnsembleClassifier(**FEW).fit(data.inputs, y) for y in (words, number))
+    texts = np.array(sorted(names), dtype=object)[number]
+    by_word, by_number = (EnsembleClassifier(**FEW).fit(data.inputs, y) for y in (texts, number))
     assert by_word.classes_.tolist() == sorted(names)
     assert by_word.predict_proba(data.inputs).tobytes() == by_number.predict_proba(data.inputs).tobytes()
     np.testing.assert_allclose(by_word.predict_proba(data.inputs).sum(axis=1), 1)
-    assert (by_word.predict(data.inputs) == words).mean() > 0.9
+    assert (by_word.predict(data.inputs) == texts).mean() > 0.9
 
 
 @pytest.mark.parametrize("options", [{}, {"weighting": "learned", "calibration": "platt"}], ids=["fixed", "learned"])
@@ -242,13 +242,13 @@ def test_a_row_of_weight_zero_has_no_influence_and_equal_weights_are_no_weights(
     assert proba(row, np.full(len(data), 3.0)).tobytes() == proba(row).tobytes()
 
 
-def test_a_class_without_weight_is_no_class(three):
+def test_a_class_without_positive_weight_is_ignored(three):
     weight = (three.y != -1).astype(float)
     model = EnsembleClassifier(**FEW).fit(three.inputs, three.y, weight)
     assert model.classes_.tolist() == [0, 1]
 
 
-def test_splits_by_number_count_only_the_rows_that_are_there(data):
+def test_a_number_of_splits_divides_the_rows_with_a_positive_weight(data):
     weight = np.ones(len(data))
     weight[::3] = 0
     how = FEW | {"weighting": "learned", "cv": 3}
@@ -257,7 +257,7 @@ def test_splits_by_number_count_only_the_rows_that_are_there(data):
     assert zeroed.weights_ == removed.weights_
 
 
-def test_weights_that_are_not_whole_reach_all_three_learners_and_the_mixture(data):
+def test_fractional_weights_affect_all_three_learners_and_the_blend(data):
     weight = np.where(data.y == 1, 3.7, 0.9)
     plain, weighted = (EnsembleClassifier(**FEW).fit(data.inputs, data.y, w) for w in (None, weight))
     for name in LEARNERS:
@@ -270,10 +270,10 @@ def test_weights_that_are_not_whole_reach_all_three_learners_and_the_mixture(dat
     make = lambda: make_learners(model.parameters_, load_settings().seed, 1)
     proba, rows = _predict_out_of_fold(make, data.inputs, data.y, weight, classes=model.classes_, folds=folds,
                                        workers=1)
-    hit, fixed = prob_of_true_class(proba, data.y[rows]), np.array([0.4, 0.4, 0.2])
-    expected = learn_weights(hit, fixed, SETTINGS.ensemble.shrinkage, weight[rows] / weight[rows].mean())
+    p_true, fixed = prob_of_true_class(proba, data.y[rows]), np.array([0.4, 0.4, 0.2])
+    expected = learn_weights(p_true, fixed, SETTINGS.ensemble.shrinkage, weight[rows] / weight[rows].mean())
     np.testing.assert_allclose(list(model.weights_.values()), expected, atol=1e-12)
-    assert np.abs(expected - learn_weights(hit, fixed, SETTINGS.ensemble.shrinkage)).max() > 1e-3
+    assert np.abs(expected - learn_weights(p_true, fixed, SETTINGS.ensemble.shrinkage)).max() > 1e-3
 
 
 def test_only_the_ratios_of_weights_matter(data):
@@ -283,7 +283,7 @@ def test_only_the_ratios_of_weights_matter(data):
     np.testing.assert_allclose(first, second, atol=1e-9)
 
 
-def test_incomplete_rows_are_not_there_and_are_answered_with_the_class_shares(data):
+def test_incomplete_rows_are_excluded_and_predicted_with_the_class_shares(data):
     X, missing = data.inputs.copy(), np.arange(len(data)) % 7 == 0
     X[missing, 4] = np.nan
     model = EnsembleClassifier(**FEW, incomplete="prior").fit(X, data.y)
@@ -307,7 +307,7 @@ def test_learned_weights_lie_on_the_simplex_and_fit_the_out_of_fold_rows(data):
     assert loss["new"] < loss["fixed"]
 
 
-def test_learned_weights_find_the_learner_that_knows(data):
+def test_the_only_informative_learner_gets_nearly_all_the_weight(data):
     blind = FEW | {"weighting": "learned", "xgboost": {"n_estimators": 1, "learning_rate": 1e-6},
                    "lightgbm": {"n_estimators": 1, "learning_rate": 1e-6}, "random_forest": {"n_estimators": 60}}
     y = (data.inputs[:, 1] > np.median(data.inputs[:, 1])).astype(int)
@@ -334,7 +334,7 @@ def test_calibration_makes_an_underconfident_ensemble_more_confident_and_better(
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
-def test_a_forest_that_is_sure_breaks_no_logarithm():
+def test_a_forest_that_predicts_0_or_1_keeps_the_log_loss_finite():
     rng = np.random.default_rng(3)
     X = rng.normal(size=(300, 2))
     y = (X[:, 0] > 0).astype(int)
@@ -390,13 +390,13 @@ def test_learners_see_float32(data):
     ({"weighting": "learned", "cv": []}, "the 0 splits in cv has no usable row"),
     ({"weighting": "learned", "cv": [([0, 1, 2], [9999])]}, "the 1 splits in cv has no usable row"),
 ])
-def test_a_wrong_parameter_is_told(data, parameters, expected):
+def test_an_invalid_parameter_raises_an_error(data, parameters, expected):
     with pytest.raises(ValueError) as refused:
         EnsembleClassifier(**FEW | parameters).fit(data.inputs, data.y)
     assert isinstance(refused.value, MLEnsembleError) and expected in str(refused.value)
 
 
-def test_too_few_rows_are_told(data, three):
+def test_too_few_rows_raise_an_error(data, three):
     learned = EnsembleClassifier(**FEW, weighting="learned")
     with pytest.raises(ValidationError, match="5 rows cannot be cut into 6 blocks"):
         learned.fit(data.inputs[:5], [0, 1, 0, 1, 0])
@@ -409,7 +409,7 @@ def test_too_few_rows_are_told(data, three):
     assert EnsembleClassifier(**FEW, calibration="auto").fit(three.inputs, three.y).calibration_ == {"kind": "none"}
 
 
-def test_weights_and_labels_that_cannot_be_are_told(data):
+def test_invalid_weights_and_labels_raise_an_error(data):
     model = EnsembleClassifier(**FEW)
     one = np.ones(len(data))
     for weight, expected in ((-one, "the weight of row 0 is -1"), (0 * one, "every sample weight is zero"),
@@ -422,7 +422,7 @@ def test_weights_and_labels_that_cannot_be_are_told(data):
         model.set_params(incomplete="prior").fit(np.full((4, 2), np.nan), [0, 1, 0, 1])
 
 
-def test_the_front_door_imports_it_only_when_asked():
+def test_the_package_imports_the_classifier_lazily():
     script = """
 import json, sys, ml_ensemble
 from ml_ensemble import FeatureManager, ProductionEnsemble
