@@ -226,6 +226,28 @@ def _blended_importances(model) -> np.ndarray:
     total = sum(model.weights_[name] * gain_shares(learner) for name, learner in model.learners_.items())
     return total / total.sum() if total.sum() > 0 else np.full(model.n_features_in_, 1 / model.n_features_in_)
 
+# %% ../nbs/39_classifier.ipynb #4bcca87a
+def _check_parameter_names(model: BaseEstimator, params: Mapping[str, object]) -> None:
+    "Raise `ConfigError` for parameters, also in the dicts, that do not exist or cannot be set."
+    known = model.get_params(deep=False)
+    for key, value in params.items():
+        name, inside, parameter = key.partition("__")
+        if name not in known or (inside and name not in LEARNERS):
+            every = [*known, *(f"{learner}__{free}" for learner in LEARNERS for free in free_names(learner))]
+            near = get_close_matches(key, every, n=1)
+            raise ConfigError(f"{type(model).__name__} has no parameter {key!r}",
+                              f"Did you mean {near[0]}?" if near else f"Its parameters are {', '.join(known)}.")
+        if inside:
+            own_name(name, parameter)
+        elif name in LEARNERS and isinstance(value, Mapping):
+            own_names(name, value)
+
+def _with_parameter(name: str, given: Mapping | None, parameter: str, value) -> dict:
+    "Copy of a learner's dict with one parameter set; aliases of this parameter are removed."
+    _check_mapping(name, given)
+    ours = own_name(name, parameter)
+    return {**{key: old for key, old in (given or {}).items() if own_name(name, key) != ours}, parameter: value}
+
 # %% ../nbs/39_classifier.ipynb #8975cea9
 class _LearnerParameters(BaseEstimator):
     """Access to the parameters in the three dicts as `lightgbm__num_leaves`."""
@@ -251,28 +273,6 @@ class _LearnerParameters(BaseEstimator):
             name, _, parameter = key.partition("__")
             whole[name] = _with_parameter(name, whole.get(name, getattr(self, name)), parameter, params[key])
         return super().set_params(**whole)
-
-# %% ../nbs/39_classifier.ipynb #4bcca87a
-def _check_parameter_names(model: BaseEstimator, params: Mapping[str, object]) -> None:
-    "Raise `ConfigError` for parameters, also in the dicts, that do not exist or cannot be set."
-    known = model.get_params(deep=False)
-    for key, value in params.items():
-        name, inside, parameter = key.partition("__")
-        if name not in known or (inside and name not in LEARNERS):
-            every = [*known, *(f"{learner}__{free}" for learner in LEARNERS for free in free_names(learner))]
-            near = get_close_matches(key, every, n=1)
-            raise ConfigError(f"{type(model).__name__} has no parameter {key!r}",
-                              f"Did you mean {near[0]}?" if near else f"Its parameters are {', '.join(known)}.")
-        if inside:
-            own_name(name, parameter)
-        elif name in LEARNERS and isinstance(value, Mapping):
-            own_names(name, value)
-
-def _with_parameter(name: str, given: Mapping | None, parameter: str, value) -> dict:
-    "Copy of a learner's dict with one parameter set; aliases of this parameter are removed."
-    _check_mapping(name, given)
-    ours = own_name(name, parameter)
-    return {**{key: old for key, old in (given or {}).items() if own_name(name, key) != ours}, parameter: value}
 
 # %% ../nbs/39_classifier.ipynb #b39e0002
 class _EnsembleMethods(ClassifierMixin, _LearnerParameters):
