@@ -7,9 +7,12 @@ __all__ = ['LEARNERS', 'MAX_PROBA', 'make_learners', 'encode', 'class_shares', '
            'predict_learner', 'gain_shares']
 
 # %% ../nbs/33_base_learners.ipynb #feb02565
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from .core import ValidationError, requires_extra
 
@@ -28,10 +31,11 @@ LEARNERS = ("lightgbm", "xgboost", "random_forest")
 def make_learners(
     parameters: dict[str, dict],  # name -> parameters, as under `learners` of the configuration
     seed: int,                    # of every learner
-    threads: int = 1,             # of each; the order of floating-point sums depends on it, so figures do too
-) -> dict[str, object]:           # name -> unfitted scikit-learn classifier
+    threads: int = 1,             # of each learner; results depend on it in the last digits
+) -> dict[str, Any]:              # name -> unfitted scikit-learn classifier
     "The three learners, unfitted."
-    common, own = {"random_state": seed, "n_jobs": threads}, {name: own_names(name, parameters[name]) for name in LEARNERS}
+    common: dict[str, Any] = {"random_state": seed, "n_jobs": threads}
+    own: dict[str, dict[str, Any]] = {name: own_names(name, parameters[name]) for name in LEARNERS}
     return {
         "lightgbm": LGBMClassifier(**own["lightgbm"], **common, deterministic=True, force_row_wise=True, verbosity=-1),
         "xgboost": XGBClassifier(**own["xgboost"], **common, tree_method="hist", verbosity=0),
@@ -40,15 +44,15 @@ def make_learners(
 
 # %% ../nbs/33_base_learners.ipynb #f6004bcb
 def encode(
-    y: np.ndarray,             # (N,) labels
-    classes: tuple[int, ...],  # rising
-) -> np.ndarray:               # (N,) positions among the classes
-    "Positions of labels among the classes; ValidationError for a label that is none of them."
+    y: npt.ArrayLike,                     # (N,) labels
+    classes: Sequence[int] | np.ndarray,  # (K,) increasing
+) -> np.ndarray:                          # (N,) int64 positions among the classes
+    "Positions of labels among the classes; raises `ValidationError` for a label that is not among them."
     y = np.asarray(y)
-    unknown = ~np.isin(y, classes)
+    unknown = ~np.isin(y, np.asarray(classes))
     if unknown.any():
         raise ValidationError(f"label {y[unknown][0]} is none of {classes}", "Check the labels.")
-    return np.searchsorted(classes, y)
+    return np.searchsorted(np.asarray(classes), y)
 
 def class_shares(positions: np.ndarray, classes: int) -> np.ndarray:
     "(classes,) share of each class among some rows, sum 1; a class that does not occur counts as one row."
@@ -58,11 +62,11 @@ def class_shares(positions: np.ndarray, classes: int) -> np.ndarray:
 # %% ../nbs/33_base_learners.ipynb #637e0bcf
 @dataclass(frozen=True)
 class Fitting:
-    """How learners are fitted: the choices under `training` of the configuration."""
+    """Options of the fit, from `training` in the configuration."""
     class_weight: str = "none"     # none, balanced
     overlap_weight: bool = False   # weigh rows by the average uniqueness of their labels
-    early_stopping: int = 0        # rounds without gain on the newest training rows; 0 for all rounds
-    held_out: float = 0.2          # which share of the training part these rows are
+    early_stopping: int = 0        # rounds without gain on the newest training rows before stopping; 0: disabled
+    held_out: float = 0.2          # share of these rows in the training part
 
 def _sample_weights(positions: np.ndarray, start: np.ndarray, end: np.ndarray, fitting: Fitting) -> np.ndarray | None:
     "Weight of each row (N,), mean 1; None if all weights are equal."
@@ -74,54 +78,56 @@ def _sample_weights(positions: np.ndarray, start: np.ndarray, end: np.ndarray, f
     return weight / weight.mean()
 
 # %% ../nbs/33_base_learners.ipynb #60c4078f
-def _best_n_rounds(learner, X: np.ndarray, positions: np.ndarray, start: np.ndarray, end: np.ndarray,
-                  fitting: Fitting) -> int:
-    "Boosting rounds until the newest share of the training part no longer gains, after a fit on what came before it."
-    first = int(len(X) * (1 - fitting.held_out))
+def _best_n_rounds(learner, X: np.ndarray, positions: np.ndarray, span: tuple[np.ndarray, np.ndarray],
+                   fitting: Fitting) -> int:
+    "Number of boosting rounds with the smallest log loss of the newest rows, after a fit on older rows."
+    (start, end), first = span, int(len(X) * (1 - fitting.held_out))
     older, newest = np.flatnonzero(end[:first] < start[first]), np.arange(first, len(X))
     if not len(older) or len(np.unique(positions[older])) < len(np.unique(positions)):
         return learner.get_params()["n_estimators"]     # a class is missing: no early stopping
     weight = _sample_weights(positions[older], start[older], end[older], fitting)
-    trial, watched = clone(learner), (X[newest], positions[newest])
+    trial, held_out = clone(learner), (X[newest], positions[newest])
     if isinstance(learner, LGBMClassifier):
-        trial.fit(X[older], positions[older], sample_weight=weight, eval_X=watched[0], eval_y=watched[1],
+        trial.fit(X[older], positions[older], sample_weight=weight, eval_X=held_out[0], eval_y=held_out[1],
                   callbacks=[early_stopping(fitting.early_stopping, verbose=False)])
         return max(1, trial.best_iteration_)
     trial.set_params(early_stopping_rounds=fitting.early_stopping)
-    trial.fit(X[older], positions[older], sample_weight=weight, eval_set=[watched], verbose=False)
+    trial.fit(X[older], positions[older], sample_weight=weight, eval_set=[held_out], verbose=False)
     return trial.best_iteration + 1
 
+# %% ../nbs/33_base_learners.ipynb #60c4078a
 def with_every_class(X: np.ndarray, positions: np.ndarray, weight: np.ndarray | None, classes: int) -> tuple:
-    "The rows, and one more, like the middle of them, for each class that does not occur; (X, positions, weight)."
+    "Add one row with the median inputs for each class that does not occur; returns (X, positions, weight)."
     absent = np.setdiff1d(np.arange(classes), positions)
     if not len(absent):
         return X, positions, weight
-    middle = np.tile(np.median(X, axis=0).astype(X.dtype), (len(absent), 1))
-    more = None if weight is None else np.append(weight, np.ones(len(absent)))
-    return np.concatenate([X, middle]), np.concatenate([positions, absent]), more
+    added = np.tile(np.median(X, axis=0).astype(X.dtype), (len(absent), 1))
+    extended = None if weight is None else np.append(weight, np.ones(len(absent)))
+    return np.concatenate([X, added]), np.concatenate([positions, absent]), extended
 
 def fit_learner(
     learner,                           # unfitted
     X: np.ndarray,                     # (N, F) float32, oldest row first
     positions: np.ndarray,             # (N,) of the labels among the classes
-    span: tuple[np.ndarray, np.ndarray] | None = None,  # start and end times of the labels, for weights and stopping
+    span: tuple[np.ndarray, np.ndarray] | None = None,  # start and end times of the labels, required by `fitting`
+    *,
     fitting: Fitting = Fitting(),
-    weight: np.ndarray | None = None,  # (N,) of the rows, from outside; for a fit without `span`
-    classes: int = 2,                  # how many there are, occurring or not
+    weight: np.ndarray | None = None,  # (N,) sample weights; replaced by those of `fitting`, if any
+    classes: int = 2,                  # number of classes, including those that do not occur
 ):
-    "Fit one learner; returns it."
+    "Fit one learner and return it."
     if span is not None and fitting != Fitting():
         weight = _sample_weights(positions, *span, fitting)
         if fitting.early_stopping and not isinstance(learner, RandomForestClassifier):
-            learner.set_params(n_estimators=_best_n_rounds(learner, X, positions, *span, fitting))
+            learner.set_params(n_estimators=_best_n_rounds(learner, X, positions, span, fitting))
     X, positions, weight = with_every_class(X, positions, weight, classes)
     return learner.fit(X, positions, sample_weight=weight)
 
 # %% ../nbs/33_base_learners.ipynb #72902c26
-MAX_PROBA = 1e-9   # least distance of a probability from 0 and 1
+MAX_PROBA = 1e-9   # smallest distance of a probability from 0 and 1
 
 def predict_learner(learner, X: np.ndarray) -> np.ndarray:
-    "Probabilities (N, K) float64, rows summing to 1, none of them 0 or 1."
+    "Probabilities (N, K) float64; each row has sum 1, no probability is 0 or 1."
     if isinstance(learner, RandomForestClassifier):
         learner.set_params(n_jobs=1)
     booster = getattr(learner, "booster_", None)
@@ -131,13 +137,13 @@ def predict_learner(learner, X: np.ndarray) -> np.ndarray:
 
 # %% ../nbs/33_base_learners.ipynb #efabc82d
 def gain_shares(learner) -> np.ndarray:
-    "(F,) share of each feature in the total gain of a fitted learner's splits, sum 1; zeros when it has no split."
+    "(F,) share of each feature in the total gain of a fitted learner's splits, sum 1; zeros if there is no split."
     if isinstance(learner, LGBMClassifier):
         gain = learner.booster_.feature_importance("gain")
     elif isinstance(learner, RandomForestClassifier):
         gain = learner.feature_importances_
     else:
         by_name = learner.get_booster().get_score(importance_type="total_gain")
-        gain = [by_name.get(f"f{place}", 0.0) for place in range(learner.n_features_in_)]
+        gain = np.array([by_name.get(f"f{place}", 0.0) for place in range(learner.n_features_in_)])
     gain = np.asarray(gain, dtype=np.float64)
     return gain / (gain.sum() or 1.0)

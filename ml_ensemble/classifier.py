@@ -6,14 +6,14 @@
 __all__ = ['EnsembleClassifier']
 
 # %% ../nbs/39_classifier.ipynb #da322fef
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from numbers import Integral
 
 import numpy as np
 
-from .core import ConfigError, MissingValueError, ValidationError, requires_extra
+from .core import ConfigError, MissingValueError, ValidationError, in_threads, requires_extra, usable_cpus
 
 with requires_extra():
     from joblib import effective_n_jobs
@@ -23,17 +23,15 @@ with requires_extra():
     from sklearn.utils.validation import check_is_fitted, validate_data
 
 from .base_learners import LEARNERS, encode, fit_learner, gain_shares, make_learners, predict_learner
-from .blending import Blend, fit_calibration, learn_weights, select_greedily, prob_of_true_class
+from .blending import Blend, fit_calibration, learn_weights, prob_of_true_class
 from .config import Settings, load_settings
-from .core import usable_cpus
 from .learner_parameters import free_names, own_name, own_names
 from .training import trained_proba
-from .core import in_threads
 from .validation import walk_forward_splits
 
 # %% ../nbs/39_classifier.ipynb #87677967
 def _merge_parameters(
-    given: dict[str, Mapping | None],  # learner -> the library's parameters
+    given: dict[str, Mapping | None],  # learner -> parameters of the library
     configured: dict[str, dict],       # learner -> all configured parameters
 ) -> dict[str, dict]:                  # learner -> merged parameters
     "Merge the given parameters into the configured ones."
@@ -47,29 +45,16 @@ def _check_mapping(name: str, given) -> None:
         raise ConfigError(f"{name} is {given!r}", "Pass a dict of the library's own parameters, or None.")
 
 # %% ../nbs/39_classifier.ipynb #be0b749b
-_MOST_COPIES = 10   # largest mean weight for which rows are repeated
+def _relative_weights(weight: np.ndarray) -> np.ndarray | None:
+    "Weights (N,) scaled to mean 1; None if all are equal."
+    return None if (weight == weight[0]).all() else weight / weight.mean()
 
-def _count_rows(
-    X: np.ndarray,                       # (N, F) complete
-    positions: np.ndarray,               # (N,) of the labels among the classes
-    weight: np.ndarray,                  # (N,) above 0
-) -> tuple[np.ndarray, np.ndarray | None]:
-    "Row numbers, repeated by their weights; and weights (N,) of mean 1 if rows cannot be repeated, else None."
-    if (weight % 1 != 0).any() or weight.mean() > _MOST_COPIES:
-        return np.arange(len(X)), weight / weight.mean()
-    order = np.lexsort((*X.T[::-1], positions))
-    label, row = positions[order], X[order]
-    copies = (label[1:] == label[:-1]) & (row[1:] == row[:-1]).all(axis=1)
-    if (weight == 1).all() and not copies.any():
-        return np.arange(len(X)), None
-    return np.repeat(order, weight[order].astype(int)), None
-
-def _fit_weighted(learners: dict, X: np.ndarray, positions: np.ndarray, weight: np.ndarray, workers: int,
-                 classes: int) -> dict:
+def _fit_weighted(learners: dict, X: np.ndarray, positions: np.ndarray, weight: np.ndarray, *, workers: int,
+                  classes: int) -> dict:
     "Fit each learner on the weighted rows, `workers` at a time; returns the learners."
-    rows, remaining = _count_rows(X, positions, weight)
-    work = lambda learner: fit_learner(learner, X[rows], positions[rows], weight=remaining, classes=classes)
-    list(in_threads(work, [(learner,) for learner in learners.values()], workers))
+    relative = _relative_weights(weight)
+    fit = lambda learner: fit_learner(learner, X, positions, weight=relative, classes=classes)
+    list(in_threads(fit, [(learner,) for learner in learners.values()], workers))
     return learners
 
 # %% ../nbs/39_classifier.ipynb #8911148c
@@ -101,29 +86,31 @@ def _complete_rows(X: np.ndarray, incomplete: str, names: Sequence[str] | None =
     return ~missing.any(axis=1)
 
 # %% ../nbs/39_classifier.ipynb #434e6382
-def _folds_of(cv, X: np.ndarray, y: np.ndarray, rows: np.ndarray, settings: Settings) -> list[tuple]:
+def _folds_of(cv, X: np.ndarray, y: np.ndarray, *, rows: np.ndarray, settings: Settings) -> list[tuple]:
     "Row numbers of training and test parts of each fold, restricted to `rows`."
     if cv is None or isinstance(cv, Integral):
         chosen = settings.validation
         start, splits = np.arange(len(rows)), chosen.n_splits if cv is None else int(cv)
-        folds = walk_forward_splits(start, start + settings.labels.horizon, splits, chosen.window, chosen.embargo, 1)
+        folds = walk_forward_splits(start, start + settings.labels.horizon, n_splits=splits, window=chosen.window,
+                                    embargo=chosen.embargo, min_train=1)
         return [(rows[train], rows[test]) for train, test in folds]
     if hasattr(cv, "split") and not isinstance(cv, str):
         return [(rows[train], rows[test]) for train, test in cv.split(X[rows], y[rows])]
     if not isinstance(cv, Iterable) or isinstance(cv, str):
         raise ConfigError(f"cv is {cv!r}", "Use a number of folds, a scikit-learn splitter, or a list of its splits.")
-    folds = [tuple(np.asarray(part)[np.isin(part, rows)] for part in fold) for fold in cv]
-    if not folds or not all(len(part) for fold in folds for part in fold):
-        raise ValidationError(f"a training or test part of the {len(folds)} splits in cv has no usable row",
+    listed = [tuple(np.asarray(part)[np.isin(part, rows)] for part in fold) for fold in cv]
+    if not listed or not all(len(part) for fold in listed for part in fold):
+        raise ValidationError(f"a training or test part of the {len(listed)} splits in cv has no usable row",
                               "Pass splits whose parts contain complete rows with a positive weight.")
-    return folds
+    return listed
 
-def _predict_out_of_fold(make, X: np.ndarray, y: np.ndarray, weight: np.ndarray, classes: np.ndarray, folds: list,
-                workers: int) -> tuple:
+def _predict_out_of_fold(make: Callable[[], dict], X: np.ndarray, y: np.ndarray, weight: np.ndarray, *,
+                         classes: np.ndarray, folds: list, workers: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
     "Out-of-fold probabilities of each learner (name -> (M, K)), and the row numbers (M,) of the test rows."
     parts = []
     for train, test in folds:
-        learners = _fit_weighted(make(), X[train], encode(y[train], classes), weight[train], workers, len(classes))
+        learners = _fit_weighted(make(), X[train], encode(y[train], classes), weight[train], workers=workers,
+                                 classes=len(classes))
         parts.append({name: predict_learner(learner, X[test]) for name, learner in learners.items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in LEARNERS}, np.concatenate(
         [test for _, test in folds])
@@ -133,27 +120,25 @@ def _predict_out_of_fold(make, X: np.ndarray, y: np.ndarray, weight: np.ndarray,
 class _Plan:
     """Validated settings of the blend."""
     fixed: np.ndarray    # (3,) weights in the order of LEARNERS
-    weighting: str       # fixed, learned, greedy
-    calibration: str     # none, platt, isotonic
+    weighting: str       # fixed, learned
+    calibration: str     # none, platt
 
-def _learn_mixture(plan: _Plan, proba: dict[str, np.ndarray], positions: np.ndarray, count: np.ndarray | None,
-                  settings: Settings) -> Blend:
+def _fit_weights_and_calibration(plan: _Plan, proba: dict[str, np.ndarray], positions: np.ndarray, *,
+                                 count: np.ndarray | None, settings: Settings) -> Blend:
     "Fit weights and calibration on out-of-fold predictions with row weights `count`."
     weights, p_true = plan.fixed, prob_of_true_class(proba, positions)
     if plan.weighting == "learned":
         weights = learn_weights(p_true, plan.fixed, settings.ensemble.shrinkage, count)
-    elif plan.weighting == "greedy":
-        weights = select_greedily(p_true, count=count)
     blended = Blend(dict(zip(LEARNERS, weights.tolist())))
     if plan.calibration == "none":
         return blended
     p = blended.proba(proba)[:, 1]
-    return Blend(blended.weights, fit_calibration(plan.calibration, p, positions,
-                                                  settings.ensemble.calibration_shrinkage, count=count))
+    shrinkage = settings.ensemble.calibration_shrinkage
+    return Blend(blended.weights, fit_calibration(plan.calibration, p, positions, shrinkage=shrinkage, count=count))
 
 # %% ../nbs/39_classifier.ipynb #cb3081c2
-_CHOICES = {"weighting": ("fixed", "learned", "greedy"), "calibration": ("none", "auto", "platt", "isotonic"),
-           "incomplete": ("refuse", "prior")}
+_CHOICES = {"weighting": ("fixed", "learned"), "calibration": ("none", "auto", "platt"),
+            "incomplete": ("refuse", "prior")}
 
 def _check_choices(model) -> None:
     "Raise `ConfigError` for a value that is not one of the choices."
@@ -170,7 +155,7 @@ def _make_plan(model, classes: np.ndarray) -> _Plan:
     if abs(weights.sum() - 1) > 1e-9:
         raise ConfigError(f"the weights sum to {weights.sum():g}, not to 1", "Divide each by their sum.")
     kind, two = model.calibration, len(classes) == 2
-    if kind in ("platt", "isotonic") and not two:
+    if kind == "platt" and not two:
         raise ConfigError(f"calibration {kind} requires two classes, y has {len(classes)}",
                           "Use calibration=\"none\" or \"auto\" (platt for two classes, none for more).")
     return _Plan(weights.astype(np.float64), model.weighting, {"auto": "platt" if two else "none"}.get(kind, kind))
@@ -183,7 +168,7 @@ def _check_training_rows(model, X, y, sample_weight) -> tuple[np.ndarray, np.nda
     check_classification_targets(y)
     return X, y, _check_sample_weight(sample_weight, X)
 
-def _rows_that_count(model, X: np.ndarray, y: np.ndarray, weight: np.ndarray) -> np.ndarray:
+def _usable_rows(model, X: np.ndarray, y: np.ndarray, weight: np.ndarray) -> np.ndarray:
     "Numbers of the complete rows with a positive weight; an error unless they contain two classes."
     rows = np.flatnonzero(_complete_rows(X, model.incomplete, getattr(model, "feature_names_in_", None)) & (weight > 0))
     present = np.unique(y[rows])
@@ -201,25 +186,24 @@ def _seed_of(random_state, settings: Settings) -> int:
     return int(random_state if is_integer else check_random_state(random_state).randint(2**31))
 
 # %% ../nbs/39_classifier.ipynb #eca5a0a7
-def _fits_at_once(n_jobs: int | None, settings: Settings) -> int:
+def _n_parallel_fits(n_jobs: int | None, settings: Settings) -> int:
     "Number of parallel fits: as configured for None (one per CPU by default), else n_jobs as in scikit-learn."
     return settings.training.threads or usable_cpus() if n_jobs is None else effective_n_jobs(n_jobs)
 
 def _fit_classifier(model, X: np.ndarray, y: np.ndarray, weight: np.ndarray) -> None:
     "Set the fitted attributes of an `EnsembleClassifier`."
-    settings, rows = load_settings(), _rows_that_count(model, X, y, weight)
-    classes, workers = np.unique(y[rows]), _fits_at_once(model.n_jobs, settings)
+    settings, rows = load_settings(), _usable_rows(model, X, y, weight)
+    classes, workers = np.unique(y[rows]), _n_parallel_fits(model.n_jobs, settings)
     plan, seed = _make_plan(model, classes), _seed_of(model.random_state, settings)
     parameters = _merge_parameters({name: getattr(model, name) for name in LEARNERS}, settings.learners.model_dump())
     make = lambda: make_learners(parameters, seed)
     final_blend, positions = Blend(dict(zip(LEARNERS, plan.fixed.tolist()))), encode(y[rows], classes)
     if plan.weighting != "fixed" or plan.calibration != "none":
-        proba, tested = _predict_out_of_fold(make, X, y, weight, classes, _folds_of(model.cv, X, y, rows, settings), workers)
-        true = np.searchsorted(classes, y[tested])
-        counted, remaining = _count_rows(X[tested], true, weight[tested])
-        past = {name: p[counted] for name, p in proba.items()}
-        final_blend = _learn_mixture(plan, past, true[counted], remaining, settings)
-    model.learners_ = _fit_weighted(make(), X[rows], positions, weight[rows], workers, len(classes))
+        folds = _folds_of(model.cv, X, y, rows=rows, settings=settings)
+        proba, tested = _predict_out_of_fold(make, X, y, weight, classes=classes, folds=folds, workers=workers)
+        final_blend = _fit_weights_and_calibration(plan, proba, encode(y[tested], classes),
+                                                   count=_relative_weights(weight[tested]), settings=settings)
+    model.learners_ = _fit_weighted(make(), X[rows], positions, weight[rows], workers=workers, classes=len(classes))
     model.classes_, model.parameters_ = classes, parameters
     model.weights_, model.calibration_ = final_blend.weights, final_blend.calibration
     model.prior_ = np.bincount(positions, weights=weight[rows]) / weight[rows].sum()
@@ -241,6 +225,28 @@ def _blended_importances(model) -> np.ndarray:
     check_is_fitted(model)
     total = sum(model.weights_[name] * gain_shares(learner) for name, learner in model.learners_.items())
     return total / total.sum() if total.sum() > 0 else np.full(model.n_features_in_, 1 / model.n_features_in_)
+
+# %% ../nbs/39_classifier.ipynb #4bcca87a
+def _check_parameter_names(model: BaseEstimator, params: Mapping[str, object]) -> None:
+    "Raise `ConfigError` for parameters, also in the dicts, that do not exist or cannot be set."
+    known = model.get_params(deep=False)
+    for key, value in params.items():
+        name, inside, parameter = key.partition("__")
+        if name not in known or (inside and name not in LEARNERS):
+            every = [*known, *(f"{learner}__{free}" for learner in LEARNERS for free in free_names(learner))]
+            near = get_close_matches(key, every, n=1)
+            raise ConfigError(f"{type(model).__name__} has no parameter {key!r}",
+                              f"Did you mean {near[0]}?" if near else f"Its parameters are {', '.join(known)}.")
+        if inside:
+            own_name(name, parameter)
+        elif name in LEARNERS and isinstance(value, Mapping):
+            own_names(name, value)
+
+def _with_parameter(name: str, given: Mapping | None, parameter: str, value) -> dict:
+    "Copy of a learner's dict with one parameter set; aliases of this parameter are removed."
+    _check_mapping(name, given)
+    ours = own_name(name, parameter)
+    return {**{key: old for key, old in (given or {}).items() if own_name(name, key) != ours}, parameter: value}
 
 # %% ../nbs/39_classifier.ipynb #8975cea9
 class _LearnerParameters(BaseEstimator):
@@ -268,63 +274,9 @@ class _LearnerParameters(BaseEstimator):
             whole[name] = _with_parameter(name, whole.get(name, getattr(self, name)), parameter, params[key])
         return super().set_params(**whole)
 
-# %% ../nbs/39_classifier.ipynb #4bcca87a
-def _check_parameter_names(model: BaseEstimator, params: Mapping[str, object]) -> None:
-    "Raise `ConfigError` for parameters, also in the dicts, that do not exist or cannot be set."
-    known = model.get_params(deep=False)
-    for key, value in params.items():
-        name, inside, parameter = key.partition("__")
-        if name not in known or (inside and name not in LEARNERS):
-            every = [*known, *(f"{learner}__{free}" for learner in LEARNERS for free in free_names(learner))]
-            near = get_close_matches(key, every, n=1)
-            raise ConfigError(f"{type(model).__name__} has no parameter {key!r}", f"Did you mean {near[0]}?" if near else
-                              f"Its parameters are {', '.join(known)}.")
-        if inside:
-            own_name(name, parameter)
-        elif name in LEARNERS and isinstance(value, Mapping):
-            own_names(name, value)
-
-def _with_parameter(name: str, given: Mapping | None, parameter: str, value) -> dict:
-    "Copy of a learner's dict with one parameter set; aliases of this parameter are removed."
-    _check_mapping(name, given)
-    ours = own_name(name, parameter)
-    return {**{key: old for key, old in (given or {}).items() if own_name(name, key) != ours}, parameter: value}
-
-# %% ../nbs/39_classifier.ipynb #11dc2133
-class EnsembleClassifier(ClassifierMixin, _LearnerParameters):
-    """LightGBM, XGBoost and RandomForest, blended: the recipe of the weekly retrain as a scikit-learn classifier.
-
-    Parameters
-    ----------
-    lightgbm, xgboost, random_forest : dict or None
-        Changes to the parameters in `config/core/base.yaml`, with the parameter names of the library; in `set_params`
-        and searches as `lightgbm__num_leaves`.
-    weights : three floats, sum 1
-        Weights of the learners in this order; with weighting="learned" the learned weights are shrunk towards them.
-    weighting : {"fixed", "learned", "greedy"}
-        Use `weights`, or learn weights from out-of-fold predictions.
-    calibration : {"none", "auto", "platt", "isotonic"}
-        Fitted on out-of-fold predictions, for two classes; "auto" is "platt" for two and "none" for more.
-    cv : int, splitter, list of (train, test) or None
-        Folds for `weighting` and `calibration`. None or int: purged walk-forward, rows in the order of time.
-    incomplete : {"refuse", "prior"}
-        Rows with NaN raise an error, or are excluded from the fit and predicted with the class shares.
-    random_state : int, RandomState or None
-        Seed of the learners. None: `seed` of the configuration, so that fits are reproducible.
-    n_jobs : int or None
-        Number of parallel fits, each on one thread; results do not depend on it. None: `training.threads`.
-
-    Attributes
-    ----------
-    classes_ : (K,); prior_ : (K,) class shares; learners_, parameters_ : dicts of fitted learners and their parameters;
-    weights_, calibration_ : dicts; n_features_in_ : int; feature_names_in_, feature_importances_ : (F,)
-    """
-
-    def __init__(self, lightgbm=None, xgboost=None, random_forest=None, weights=(0.4, 0.4, 0.2), weighting="fixed",
-                 calibration="none", cv=None, incomplete="refuse", random_state=None, n_jobs=None):
-        self.lightgbm, self.xgboost, self.random_forest = lightgbm, xgboost, random_forest
-        self.weights, self.weighting, self.calibration, self.cv = weights, weighting, calibration, cv
-        self.incomplete, self.random_state, self.n_jobs = incomplete, random_state, n_jobs
+# %% ../nbs/39_classifier.ipynb #b39e0002
+class _EnsembleMethods(ClassifierMixin, _LearnerParameters):
+    """Methods of `EnsembleClassifier`."""
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -332,18 +284,31 @@ class EnsembleClassifier(ClassifierMixin, _LearnerParameters):
         return tags
 
     def fit(self, X, y, sample_weight=None):
-        """Fit the learners, and weights and calibration if required; returns self.
+        """Fit the learners, and weights and calibration if required.
 
         Parameters
         ----------
-        X : array or DataFrame (N, F), oldest row first; converted to float32
-        y : labels (N,), numbers or text, of two or more classes
-        sample_weight : (N,), 0 or more; weight 2 is equivalent to repeating the row, weight 0 to removing it
+        X : array-like or pandas.DataFrame, shape (N, F)
+            Model inputs, oldest row first; converted to float32.
+        y : array-like, shape (N,)
+            Labels: numbers or text, two or more classes.
+        sample_weight : array-like, shape (N,), optional
+            Weights of 0 or more; only their ratios matter. A row with weight 0 has no influence.
+
+        Returns
+        -------
+        EnsembleClassifier
+            The fitted estimator itself.
 
         Raises
         ------
-        ConfigError : invalid parameter. MissingValueError : NaN. ValidationError : invalid weights, one class, too few
-        rows for `cv`. All are ValueErrors, like those of scikit-learn for shapes, types and infinity.
+        ConfigError
+            Invalid parameter.
+        MissingValueError
+            NaN in `X`, unless `incomplete="prior"`.
+        ValidationError
+            Invalid weights, one class only, or too few rows for `cv`. All three errors are ValueErrors, like those of
+            scikit-learn for shapes, types and infinity.
         """
         _fit_classifier(self, *_check_training_rows(self, X, y, sample_weight))
         return self
@@ -354,10 +319,59 @@ class EnsembleClassifier(ClassifierMixin, _LearnerParameters):
         return _blended_importances(self)
 
     def predict_proba(self, X) -> np.ndarray:
-        "Probabilities (N, K) float64 of the classes in `classes_`."
+        "Probabilities (N, K) float64 of the classes in `classes_`, for model inputs `X` (N, F)."
         return _blended_proba(self, X)
 
     def predict(self, X) -> np.ndarray:
-        "The most probable class of each row, (N,)."
+        "The most probable class of each row of `X` (N, F), shape (N,)."
         best = self.predict_proba(X).argmax(axis=1)
         return self.classes_[best]
+
+# %% ../nbs/39_classifier.ipynb #11dc2133
+class EnsembleClassifier(_EnsembleMethods):
+    """LightGBM, XGBoost and RandomForest, blended: the recipe of the weekly retrain as a scikit-learn classifier.
+
+    Parameters
+    ----------
+    lightgbm, xgboost, random_forest : dict, optional
+        Parameters of the library that differ from `config/core/base.yaml`; in searches `lightgbm__num_leaves`.
+    weights : tuple of three floats, default (0.4, 0.4, 0.2)
+        Weights of the learners in this order, sum 1; learned weights are shrunk towards them.
+    weighting : {"fixed", "learned"}, default "fixed"
+        Use `weights`, or learn weights from out-of-fold predictions.
+    calibration : {"none", "auto", "platt"}, default "none"
+        Fitted on out-of-fold predictions, for two classes; "auto" is "platt" for two and "none" for more.
+    cv : int, splitter or list of (train, test), optional
+        Folds for `weighting` and `calibration`. None or int: purged walk-forward, rows in the order of time.
+    incomplete : {"refuse", "prior"}, default "refuse"
+        Rows with NaN raise an error, or are excluded from the fit and predicted with the class shares.
+    random_state : int or RandomState, optional
+        Seed of the learners. None: `seed` of the configuration, so that fits are reproducible.
+    n_jobs : int, optional
+        Number of parallel fits, each on one thread; results do not depend on it. None: `training.threads`.
+
+    Attributes
+    ----------
+    classes_, prior_ : numpy.ndarray, shape (K,)
+        Class labels in the order of the probability columns, and their shares in the training rows.
+    learners_, parameters_, weights_ : dict
+        Fitted learners, their parameters and their weights, by name.
+    calibration_ : dict
+        Calibration function, as for `inference.calibrate`.
+    n_features_in_ : int
+    feature_names_in_, feature_importances_ : numpy.ndarray, shape (F,)
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> X = np.linspace(-1, 1, 400)[:, None]
+    >>> model = EnsembleClassifier(lightgbm={"n_estimators": 50, "learning_rate": 0.1}).fit(X, X[:, 0] > 0)
+    >>> model.predict([[-0.5], [0.5]]).tolist()
+    [False, True]
+    """
+
+    def __init__(self, *, lightgbm=None, xgboost=None, random_forest=None, weights=(0.4, 0.4, 0.2), weighting="fixed",
+                 calibration="none", cv=None, incomplete="refuse", random_state=None, n_jobs=None):
+        self.lightgbm, self.xgboost, self.random_forest = lightgbm, xgboost, random_forest
+        self.weights, self.weighting, self.calibration, self.cv = weights, weighting, calibration, cv
+        self.incomplete, self.random_state, self.n_jobs = incomplete, random_state, n_jobs

@@ -138,9 +138,9 @@ class WeightSettings(Section):
 class EnsembleSettings(Section):
     """Combination of the learners into one prediction."""
     weights: WeightSettings
-    weighting: Literal["fixed", "learned", "greedy"]
+    weighting: Literal["fixed", "learned"]
     shrinkage: _NonNegative
-    calibration: Literal["auto", "none", "platt", "isotonic"]
+    calibration: Literal["auto", "none", "platt"]
     calibration_shrinkage: _NonNegative
     decision_threshold: Annotated[float, Field(gt=0, lt=1)]
     objective: Literal["fixed", "f1", "profit", "sharpe"]

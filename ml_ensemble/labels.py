@@ -20,7 +20,7 @@ def _label_table(candles: pd.DataFrame, label: np.ndarray, end: np.ndarray, forw
     columns = {"label": label.astype(np.int64), "end_time": candles.index[end], "forward_return": forward_return}
     return pd.DataFrame(columns, index=candles.index[:len(label)])
 
-def _check(candles: pd.DataFrame, horizon: int, threshold: float, classes: int, entry: str) -> None:
+def _check(candles: pd.DataFrame, *, horizon: int, threshold: float, classes: int, entry: str) -> None:
     if entry not in _ENTRIES:
         raise ValidationError(f"entry is {entry!r}", f"Use one of {', '.join(_ENTRIES)}.")
     if horizon < 1 or len(candles) <= horizon + (entry == "next_open"):
@@ -41,58 +41,161 @@ def _entry_prices(
     return candles[column].shift(-shift).to_numpy(dtype=np.float64)
 
 def next_returns(candles: pd.DataFrame, entry: str = "next_open", delay: int = 0) -> np.ndarray:
-    "(T,) return of holding for one bar from the entry; NaN where it is not available yet."
+    """Return of holding for one bar from the entry.
+
+    Parameters
+    ----------
+    candles : pandas.DataFrame, shape (T, 5)
+        OHLCV with a time index, one row per bar.
+    entry : {"next_open", "close"}, default "next_open"
+        Price at which a decision made at the close of a bar is filled.
+    delay : int, default 0
+        Additional bars until the fill.
+
+    Returns
+    -------
+    numpy.ndarray, shape (T,), float64
+        Return as a share of the price; NaN where one of the two prices does not exist yet.
+
+    Examples
+    --------
+    >>> candles = pd.DataFrame({"open": [10.0, 10.0, 12.0, 15.0], "close": [10.5, 11.5, 13.0, 16.0]})
+    >>> next_returns(candles).round(3).tolist()
+    [0.2, 0.25, nan, nan]
+    >>> next_returns(candles, entry="close").round(3).tolist()
+    [0.095, 0.13, 0.231, nan]
+    """
     price = _entry_prices(candles, entry, delay)
     return np.append(price[1:], np.nan) / price - 1
 
 # %% ../nbs/30_labels.ipynb #5ebaea6f
-def forward_return_labels(
-    candles: pd.DataFrame,     # OHLCV with a time index
-    horizon: int = 1,          # bars the position is held
-    threshold: float = 0.003,  # forward return above which a label is buy
-    classes: int = 2,          # 2: hold, buy; 3: sell, hold, buy
-    entry: str = "next_open",  # or close
-) -> pd.DataFrame:             # (T - horizon - 1, 3), one row more for close: label int64, end_time, forward_return
-    "Label each bar by the return of `horizon` bars from its entry."
-    _check(candles, horizon, threshold, classes, entry)
+def forward_return_labels(candles: pd.DataFrame, horizon: int = 1, threshold: float = 0.003, *, classes: int = 2,
+                          entry: str = "next_open") -> pd.DataFrame:
+    """Label each bar by the return of `horizon` bars from its entry.
+
+    Parameters
+    ----------
+    candles : pandas.DataFrame, shape (T, 5)
+        OHLCV with a time index; only `open` (or `close`, see `entry`) is used.
+    horizon : int, default 1
+        Number of bars for which the position is held.
+    threshold : float, default 0.003
+        Return, as a share of the price, above which a label is buy and below minus which it is sell.
+    classes : {2, 3}, default 2
+        2: hold 0, buy 1. 3: sell -1, hold 0, buy 1.
+    entry : {"next_open", "close"}, default "next_open"
+        Price of entry and exit: the open after the bar, or the close of the bar itself.
+
+    Returns
+    -------
+    pandas.DataFrame, shape (T - horizon - 1, 3), or (T - horizon, 3) for `entry="close"`
+        `label` int64; `end_time`, time of the bar whose price settles the label; `forward_return` float64, as a share.
+
+    Raises
+    ------
+    ValidationError
+        An invalid `entry`, `threshold` or `classes`, or a horizon that is not shorter than the candles.
+
+    Examples
+    --------
+    >>> times = pd.date_range("2024-01-01", periods=5, freq="4h", tz="UTC")
+    >>> candles = pd.DataFrame({"open": [90.0, 100.0, 125.0, 125.0, 93.75]}, index=times)
+    >>> labels = forward_return_labels(candles, classes=3)
+    >>> labels.astype(str).iloc[0].tolist()            # bar 0: bought at the open of bar 1, sold at that of bar 2
+    ['1', '2024-01-01 08:00:00+00:00', '0.25']
+    >>> labels["label"].tolist(), labels["forward_return"].tolist()
+    ([1, 0, -1], [0.25, 0.0, -0.25])
+    """
+    _check(candles, horizon=horizon, threshold=threshold, classes=classes, entry=entry)
     offset = int(entry == "next_open")
     price = _entry_prices(candles, entry)[:len(candles) - offset]
     forward = price[horizon:] / price[:-horizon] - 1
-    label = (forward > threshold).astype(np.int64)
-    if classes == 3:
-        label -= forward < -threshold
+    label = (forward > threshold).astype(np.int64) - ((forward < -threshold) & (classes == 3))
     return _label_table(candles, label, np.arange(horizon + offset, len(candles)), forward)
 
 # %% ../nbs/30_labels.ipynb #da210735
-def _first_touch(hit: np.ndarray) -> np.ndarray:
+def _first_touch(touched: np.ndarray) -> np.ndarray:
     "Column of the first True of each row, or the number of columns."
-    return np.where(hit.any(axis=1), hit.argmax(axis=1), hit.shape[1])
+    return np.where(touched.any(axis=1), touched.argmax(axis=1), touched.shape[1])
 
-def triple_barrier_labels(
-    candles: pd.DataFrame,     # OHLCV with a time index
-    horizon: int = 6,          # maximum number of bars until the position is closed
-    threshold: float = 0.01,   # distance of both barriers from the entry price, as a share
-    classes: int = 2,          # 2: hold, buy; 3: sell, hold, buy
-    entry: str = "next_open",  # or close
-) -> pd.DataFrame:             # (T - horizon - 1, 3), one row more for close: label int64, end_time, forward_return
-    "Label each bar by the barrier that is touched first: 1 upper, -1 lower (0 with two classes), 0 neither."
-    _check(candles, horizon, threshold, classes, entry)
-    offset = int(entry == "next_open")
+def _barrier_touches(candles: pd.DataFrame, price: np.ndarray, horizon: int,
+                     threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    "Bars, counted from 0 at the entry, until the upper and the lower barrier are touched; `horizon` for never."
     high, low = (candles[name].to_numpy(dtype=np.float64) for name in ("high", "low"))
+    ahead = np.arange(len(price))[:, None] + np.arange(1, horizon + 1)
+    return (_first_touch(high[ahead] >= price[:, None] * (1 + threshold)),
+            _first_touch(low[ahead] <= price[:, None] * (1 - threshold)))
+
+# %% ../nbs/30_labels.ipynb #da210736
+def triple_barrier_labels(candles: pd.DataFrame, horizon: int = 6, threshold: float = 0.01, *, classes: int = 2,
+                          entry: str = "next_open") -> pd.DataFrame:
+    """Label each bar by the barrier that is touched first: 1 upper, -1 lower (0 with two classes), 0 neither.
+
+    Parameters
+    ----------
+    candles : pandas.DataFrame, shape (T, 5)
+        OHLCV with a time index, one row per bar.
+    horizon : int, default 6
+        Maximum number of bars until the position is closed.
+    threshold : float, default 0.01
+        Distance of both barriers from the entry price, as a share of it.
+    classes : {2, 3}, default 2
+        2: hold 0, buy 1. 3: sell -1, hold 0, buy 1.
+    entry : {"next_open", "close"}, default "next_open"
+        Price of entry and exit: the open after the bar, or the close of the bar itself.
+
+    Returns
+    -------
+    pandas.DataFrame, shape (T - horizon - 1, 3), or (T - horizon, 3) for `entry="close"`
+        `label` int64; `end_time`, time of the bar of the exit; `forward_return` float64, as a share.
+
+    Raises
+    ------
+    ValidationError
+        As for `forward_return_labels`.
+
+    Examples
+    --------
+    >>> times = pd.date_range("2024-01-01", periods=5, freq="4h", tz="UTC")
+    >>> price = pd.Series([100.0, 100.0, 100.0, 125.0, 125.0], index=times)
+    >>> candles = pd.DataFrame({"open": price, "high": price + [0, 0, 2, 0, 0], "low": price})
+    >>> labels = triple_barrier_labels(candles, horizon=2)
+    >>> labels.astype(str).iloc[0].tolist()            # bar 2 touches 101, the upper barrier; sold at the open of bar 3
+    ['1', '2024-01-01 12:00:00+00:00', '0.25']
+    """
+    _check(candles, horizon=horizon, threshold=threshold, classes=classes, entry=entry)
+    offset = int(entry == "next_open")
     price, count = _entry_prices(candles, entry), len(candles) - horizon - offset
-    ahead = np.arange(count)[:, None] + np.arange(1, horizon + 1)
-    upper = _first_touch(high[ahead] >= price[:count, None] * (1 + threshold))
-    lower = _first_touch(low[ahead] <= price[:count, None] * (1 - threshold))
+    upper, lower = _barrier_touches(candles, price[:count], horizon, threshold)
     label = np.where(upper < lower, 1, np.where((lower < horizon) & (classes == 3), -1, 0))
     held = np.arange(count) + np.minimum(np.minimum(upper, lower) + 1, horizon)
     return _label_table(candles, label, held + offset, price[held] / price[:count] - 1)
 
 # %% ../nbs/30_labels.ipynb #8bafc3b1
-def average_uniqueness(
-    start: np.ndarray,  # (N,) increasing times of the bars
-    end: np.ndarray,    # (N,) times at which their labels are settled, after their start
-) -> np.ndarray:        # (N,) in (0, 1]
-    "Mean over the bars that a label spans of one over the number of labels that span them."
+def average_uniqueness(start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Mean, over the bars that a label spans, of one over the number of labels that span the bar.
+
+    Parameters
+    ----------
+    start : numpy.ndarray, shape (N,)
+        Increasing times (or numbers) of the labelled bars.
+    end : numpy.ndarray, shape (N,), same dtype
+        Times at which the labels are settled, each after its start.
+
+    Returns
+    -------
+    numpy.ndarray, shape (N,), float64
+        Between 0 and 1; 1 for a label that overlaps no other.
+
+    References
+    ----------
+    Lopez de Prado, *Advances in Financial Machine Learning*, 2018, 4.4.
+
+    Examples
+    --------
+    >>> average_uniqueness(np.array([0, 1, 2, 5]), np.array([1, 3, 3, 7])).tolist()
+    [1.0, 0.75, 0.5, 1.0]
+    """
     grid = np.union1d(start, end)
     first, last = np.searchsorted(grid, start), np.searchsorted(grid, end)      # spans the steps first .. last - 1
     count = np.cumsum(np.bincount(first, minlength=len(grid)) - np.bincount(last, minlength=len(grid)))
@@ -102,7 +205,36 @@ def average_uniqueness(
 # %% ../nbs/30_labels.ipynb #5a38525e
 METHODS = {"forward_return": forward_return_labels, "triple_barrier": triple_barrier_labels}
 
-def make_labels(candles: pd.DataFrame, method: str, horizon: int, threshold: float, classes: int,
+def make_labels(candles: pd.DataFrame, method: str, horizon: int, threshold: float, *, classes: int,
                 entry: str = "next_open") -> pd.DataFrame:
-    "Labels by the method with the given name, as in the configuration."
-    return METHODS[method](candles, horizon, threshold, classes, entry)
+    """Label each bar by the method with the given name, as in the configuration.
+
+    Parameters
+    ----------
+    candles : pandas.DataFrame, shape (T, 5)
+        OHLCV with a time index, one row per bar.
+    method : {"forward_return", "triple_barrier"}
+        Function of `METHODS` to call.
+    horizon, threshold, classes, entry
+        As for `forward_return_labels` and `triple_barrier_labels`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        `label` int64, `end_time`, `forward_return` float64; the rows are those of the method.
+
+    Raises
+    ------
+    KeyError
+        A method that is not in `METHODS`.
+    ValidationError
+        As for `forward_return_labels`.
+
+    Examples
+    --------
+    >>> times = pd.date_range("2024-01-01", periods=4, freq="4h", tz="UTC")
+    >>> candles = pd.DataFrame({"open": [90.0, 100.0, 101.0, 101.0]}, index=times)
+    >>> make_labels(candles, "forward_return", 1, 0.003, classes=2)["label"].tolist()
+    [1, 0]
+    """
+    return METHODS[method](candles, horizon, threshold, classes=classes, entry=entry)

@@ -24,21 +24,22 @@ with requires_extra():
 
 # %% ../nbs/37_recipe.ipynb #f2481af8
 def feature_manager(settings: Settings) -> FeatureManager:
-    "The feature manager of the configuration: its calendar, its custom features."
+    "The configured feature manager: calendar and custom features."
     return FeatureManager(settings.data.calendar, [load_custom(reference) for reference in settings.features.custom])
 
 def recipe_classes(settings: Settings) -> tuple[int, ...]:
-    "The labels there are, in the order of the probability columns."
+    "Classes of the labels, in the order of the probability columns."
     return (0, 1) if settings.labels.classes == 2 else (-1, 0, 1)
 
 def recipe_labels(settings: Settings, candles: pd.DataFrame) -> pd.DataFrame:
-    "The configured labels of candles, as `labels.make_labels` returns them."
+    "The configured labels of candles, see `labels.make_labels`."
     return make_labels(candles, **settings.labels.model_dump())
 
 def training_set(settings: Settings, candles: pd.DataFrame) -> TrainingSet:
     "Features and labels on their common bars."
     check_order_file(core_file("feature_order.json"))
-    return make_training_set(feature_manager(settings), candles, recipe_labels(settings, candles), settings.labels.classes)
+    labels = recipe_labels(settings, candles)
+    return make_training_set(feature_manager(settings), candles, labels, settings.labels.classes)
 
 # %% ../nbs/37_recipe.ipynb #041b7cbe
 def new_learners(settings: Settings) -> dict:
@@ -46,11 +47,11 @@ def new_learners(settings: Settings) -> dict:
     return make_learners(settings.learners.model_dump(), settings.seed)
 
 def fitting_options(settings: Settings) -> Fitting:
-    "How learners are fitted: early stopping and weights."
+    "Configured options of the fit: early stopping and sample weights."
     return Fitting(**settings.training.model_dump(exclude={"threads"}))
 
 def n_workers(settings: Settings) -> int:
-    "Fits that run at once."
+    "Number of parallel fits."
     return settings.training.threads or usable_cpus()
 
 def recipe_splitter(settings: Settings) -> PurgedWalkForward:
@@ -59,23 +60,25 @@ def recipe_splitter(settings: Settings) -> PurgedWalkForward:
 
 def out_of_fold(settings: Settings, data: TrainingSet, progress: Callable[[str], None] = print) -> WalkForwardResult:
     "Out-of-fold predictions of every learner."
-    return walk_forward(data, recipe_splitter(settings), lambda: new_learners(settings), progress,
-                        fitting_options(settings), n_workers(settings))
+    return walk_forward(data, recipe_splitter(settings), lambda: new_learners(settings), progress=progress,
+                        fitting=fitting_options(settings), workers=n_workers(settings))
 
 # %% ../nbs/37_recipe.ipynb #24c6d9d6
 def blend_config(settings: Settings, weights: dict[str, float] | None = None) -> BlendConfig:
-    "The configured blend; with `weights` these, fixed."
+    "The configured blend, or one with fixed `weights`."
     chosen, trading = settings.ensemble, settings.trading
     return BlendConfig(
         weights=weights or chosen.weights.model_dump(), weighting="fixed" if weights else chosen.weighting,
         shrinkage=chosen.shrinkage, calibration=chosen.calibration, calibration_shrinkage=chosen.calibration_shrinkage,
         balanced=settings.training.class_weight == "balanced", threshold=chosen.decision_threshold,
-        objective=threshold_objective(settings), fee=trading.fee, slippage=trading.slippage, horizon=settings.labels.horizon)
+        objective=threshold_objective(settings), fee=trading.fee, slippage=trading.slippage,
+        horizon=settings.labels.horizon)
 
 def threshold_objective(settings: Settings) -> str:
-    "What the decision threshold is chosen for; three classes decide by the most probable class and have no threshold."
+    "Objective of the decision threshold; fixed for three classes, which are decided by the most probable class."
     return settings.ensemble.objective if settings.labels.classes == 2 else "fixed"
 
-def blend_learners(settings: Settings, walk: WalkForwardResult, weights: dict[str, float] | None = None) -> BlendResult:
-    "The out-of-sample predictions of the blend, and the blend for production."
-    return walk_forward_blend(walk, blend_config(settings, weights))
+def blend_learners(settings: Settings, result: WalkForwardResult,
+                   weights: dict[str, float] | None = None) -> BlendResult:
+    "Out-of-sample predictions of the blend, and the blend for production."
+    return walk_forward_blend(result, blend_config(settings, weights))

@@ -156,9 +156,9 @@ def blend_table(settings: Settings, walk: WalkForwardResult) -> pd.DataFrame:
     "Compare every weighting and calibration method with the configured one on the same rows, with intervals."
     current, configured, rows = blend_learners(settings, walk), blend_config(settings), []
     configured = replace(configured, calibration=calibration_kind(configured, walk.classes))
-    variants = [replace(configured, weighting=weighting) for weighting in ("fixed", "learned", "greedy")]
+    variants = [replace(configured, weighting=weighting) for weighting in ("fixed", "learned")]
     if len(walk.classes) == 2:
-        variants += [replace(configured, calibration=calibration) for calibration in ("none", "platt", "isotonic")]
+        variants += [replace(configured, calibration=calibration) for calibration in ("none", "platt")]
     for weighting, calibration in dict.fromkeys((v.weighting, v.calibration) for v in variants):
         blended = walk_forward_blend(walk, replace(configured, weighting=weighting, calibration=calibration))
         figures = evaluate_result(settings, blended).metrics
@@ -268,14 +268,17 @@ def _staging(store: ModelStore, run_id: str) -> Path:
 def fit_candidate(settings: Settings, data: TrainingSet, final_blend: Blend, store: ModelStore, run_id: str,
                   progress: Callable[[str], None] = print) -> Candidate:
     "Refit on all rows, build the artefact, write it to the staging folder and measure it in a fresh process."
-    learners = fit_all(data, new_learners(settings), progress, fitting_options(settings), n_workers(settings))
-    ensemble = make_ensemble(data, learners, final_blend.weights, final_blend.threshold, final_blend.calibration,
-                             settings.production.max_age_days, settings.production.range_margin)
+    learners = fit_all(data, new_learners(settings), progress=progress, fitting=fitting_options(settings),
+                       workers=n_workers(settings))
+    ensemble = make_ensemble(data, learners, final_blend.weights, final_blend.threshold,
+                             calibration=final_blend.calibration,
+                             max_age_days=settings.production.max_age_days,
+                             range_margin=settings.production.range_margin)
     path = write_atomic(_staging(store, run_id) / MODEL_FILE, ensemble.to_bytes())
     progress("measuring the artefact in a fresh process")
     measured = probe_artefact(path, settings.features.custom)
-    artefact = {"parity_error": parity_error(ensemble, data, learners, final_blend.weights, final_blend.calibration),
-                "size_mb": path.stat().st_size / 1e6,
+    difference = parity_error(ensemble, data, learners, final_blend.weights, calibration=final_blend.calibration)
+    artefact = {"parity_error": difference, "size_mb": path.stat().st_size / 1e6,
                 **{key: measured[key] for key in ("load_seconds", "memory_mb", "latency_ms")}}
     return Candidate(ensemble, learners, artefact)
 

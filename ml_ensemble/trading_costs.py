@@ -15,21 +15,21 @@ with requires_extra():
     from bidask import edge_expanding, edge_rolling
     from matplotlib.axes import Axes
 
-from .plot_style import BLUE, GREY, date_axis, new_axes, style_axes
 from .candle_schema import REPEATED, share_of_repeated_opens
+from .plot_style import BLUE, GREY, date_axis, new_axes, style_axes
 
 # %% ../nbs/31_trading_costs.ipynb #4ca69877
 _PRICES = ["open", "high", "low", "close"]
-_CERTAIN = 5.0     # standard errors above 0 from which a spread is accepted where opens repeat closes
+_MIN_STANDARD_ERRORS = 5.0     # standard errors above 0 from which a spread is accepted where opens repeat closes
 
 def _without_opens(candles: pd.DataFrame) -> pd.Series:
     "(T,) expanding estimate from closes, highs and lows alone; 0 where it is not clearly above 0."
     middle = np.log(candles["high"] * candles["low"]) / 2
-    away = np.log(candles["close"]).shift(1)
-    squared = 4 * (away - middle.shift(1)) * (away - middle)
-    seen = squared.expanding(min_periods=30)
-    mean, error = seen.mean(), seen.std() / np.sqrt(seen.count())
-    return np.sqrt(mean.where(mean > _CERTAIN * error, 0.0).clip(lower=0).fillna(0.0)).rename("spread")
+    previous_close = np.log(candles["close"]).shift(1)
+    squared = 4 * (previous_close - middle.shift(1)) * (previous_close - middle)
+    so_far = squared.expanding(min_periods=30)
+    mean, error = so_far.mean(), so_far.std() / np.sqrt(so_far.count())
+    return np.sqrt(mean.where(mean > _MIN_STANDARD_ERRORS * error, 0.0).clip(lower=0).fillna(0.0)).rename("spread")
 
 def known_spread(
     candles: pd.DataFrame,   # OHLCV with a time index
@@ -64,14 +64,14 @@ def positions(decisions: np.ndarray, horizon: int = 1) -> np.ndarray:
     return np.lib.stride_tricks.sliding_window_view(held, horizon).max(axis=1).astype(int)
 
 def net_returns(position: np.ndarray, returns: np.ndarray, cost: float | np.ndarray) -> np.ndarray:
-    "Return of each bar after costs, (N,): what the position earns, less `cost` (one, or (N,)) for each change of it."
+    "Return of each bar after costs, (N,); `cost` (a number, or (N,)) is deducted at each change of position."
     opened = np.abs(np.diff(position, prepend=0))
-    closed = np.append(np.zeros(len(position) - 1), position[-1])      # what is open at the end is sold
+    closed = np.append(np.zeros(len(position) - 1), position[-1])      # an open position is sold at the end
     return (1 + position * returns) * (1 - cost * opened) * (1 - cost * closed) - 1
 
 # %% ../nbs/31_trading_costs.ipynb #65b57f91
 def entry_delay(candles: pd.DataFrame) -> int:
-    "Bars that the entry is delayed beyond the next open: 1 where opens repeat the close before and bounce shows, else 0."
+    "Bars of delay after the next open: 1 if opens repeat the previous close and a spread is detected, else 0."
     return int(share_of_repeated_opens(candles) >= REPEATED and known_spread(candles).iloc[-1] > 0)
 
 # %% ../nbs/31_trading_costs.ipynb #c7b14dda
@@ -85,7 +85,7 @@ def plot_spread(
     ax = new_axes(ax, 9, 2.8)
     window, known = window or min(1000, max(100, len(candles) // 6)), 100 * known_spread(candles)
     ax.plot(100 * rolling_spread(candles, window), color=BLUE, linewidth=1.4, label=f"last {window:,} bars")
-    ax.plot(known.iloc[window:], color=GREY, linewidth=1, label="all bars before: what the costs use")
+    ax.plot(known.iloc[window:], color=GREY, linewidth=1, label="all earlier bars (used for costs)")
     date_axis(ax)
     ax.set_ylim(bottom=0)
     ax.legend(frameon=False, fontsize=9)

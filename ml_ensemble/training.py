@@ -17,25 +17,25 @@ import numpy as np
 from .base_learners import Fitting, encode, fit_learner, predict_learner
 from .core import IntegrityError, in_threads
 from .ensemble import ProductionEnsemble, metadata_beside, restore_ensemble
-from .feature_manager import scale_free, input_names
+from .feature_manager import input_names, scale_free
 from .inference import calibrate, training_range
 from .model_file import FORMAT
 from .tree_graph import to_onnx
 from .walk_forward import TrainingSet, weighted_mean
 
 # %% ../nbs/38_training.ipynb #d3fd367e
-def fit_all(data: TrainingSet, learners: dict, progress: Callable[[str], None] = lambda text: None,
+def fit_all(data: TrainingSet, learners: dict, *, progress: Callable[[str], None] = lambda text: None,
             fitting: Fitting = Fitting(), workers: int = 1) -> dict:
     "Fit each learner on all rows, `workers` at a time."
     positions, span = encode(data.y, data.classes), data.span(np.arange(len(data)))
     progress(f"refit: {', '.join(learners)} on {len(data):,} bars")
-    work = lambda learner: fit_learner(learner, data.inputs, positions, span, fitting, classes=len(data.classes))
-    list(in_threads(work, [(learner,) for learner in learners.values()], workers))
+    fit = lambda learner: fit_learner(learner, data.inputs, positions, span, fitting=fitting, classes=len(data.classes))
+    list(in_threads(fit, [(learner,) for learner in learners.values()], workers))
     return learners
 
-_PLAIN = {"kind": "none"}   # no calibration
+_NO_CALIBRATION = {"kind": "none"}
 
-def trained_proba(learners: dict, inputs: np.ndarray, weights: dict, calibration: dict = _PLAIN) -> np.ndarray:
+def trained_proba(learners: dict, inputs: np.ndarray, weights: dict, calibration: dict = _NO_CALIBRATION) -> np.ndarray:
     "Blended and calibrated probabilities (N, K) computed with the fitted learners."
     proba = weighted_mean({name: predict_learner(learner, inputs) for name, learner in learners.items()}, weights)
     if calibration["kind"] == "none":
@@ -43,8 +43,8 @@ def trained_proba(learners: dict, inputs: np.ndarray, weights: dict, calibration
     p = calibrate(calibration, proba[:, 1])
     return np.column_stack([1 - p, p])
 
-def make_ensemble(data: TrainingSet, learners: dict, weights: dict, decision_threshold: float,
-                  calibration: dict = _PLAIN, max_age_days: float = 14.0,
+def make_ensemble(data: TrainingSet, learners: dict, weights: dict, decision_threshold: float, *,
+                  calibration: dict = _NO_CALIBRATION, max_age_days: float = 14.0,
                   range_margin: float = 1.0) -> ProductionEnsemble:
     "Convert fitted learners to the production artefact, with canary rows from the whole history."
     rows = np.linspace(0, len(data) - 1, 16).astype(int)
@@ -58,8 +58,8 @@ def make_ensemble(data: TrainingSet, learners: dict, weights: dict, decision_thr
         "canary": {"features": data.features.to_numpy()[rows].tolist(), "probabilities": expected.tolist()}},
         features=data.manager)
 
-def parity_error(ensemble: ProductionEnsemble, data: TrainingSet, learners: dict, weights: dict,
-                 calibration: dict = _PLAIN) -> float:
+def parity_error(ensemble: ProductionEnsemble, data: TrainingSet, learners: dict, weights: dict, *,
+                 calibration: dict = _NO_CALIBRATION) -> float:
     "Largest difference in probability between artefact and trained learners over all training rows."
     trained = trained_proba(learners, data.inputs, weights, calibration)
     return float(np.abs(ensemble.predict_proba(data.features) - trained).max())

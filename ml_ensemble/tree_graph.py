@@ -8,6 +8,7 @@ __all__ = ['READERS', 'Tree', 'to_onnx']
 # %% ../nbs/36_tree_graph.ipynb #11098cad
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ with requires_extra():
     from onnx import TensorProto, helper
 
 # %% ../nbs/36_tree_graph.ipynb #7fa746dd
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tree:
     """One tree as arrays over its nodes; a leaf has feature -1."""
     feature: np.ndarray    # (M,) int, -1 for a leaf
@@ -52,7 +53,7 @@ def _lightgbm_tree(root: dict, output: int, outputs: int) -> Tree:
             leaf[output] = node["leaf_value"]
             rows.append((-1, 0.0, 0, 0, leaf))
     feature, threshold, left, right, leaf = map(np.array, zip(*rows))
-    return Tree(feature, _floor_float32(threshold), left, right, leaf)
+    return Tree(feature=feature, threshold=_floor_float32(threshold), left=left, right=right, leaf=leaf)
 
 # %% ../nbs/36_tree_graph.ipynb #8d79da0e
 def _xgboost_trees(learner, outputs: int) -> list[Tree]:
@@ -65,17 +66,18 @@ def _xgboost_tree(tree: dict, output: int, outputs: int) -> Tree:
     value, is_leaf = np.array(tree["split_conditions"], dtype=np.float32), left == -1
     leaf = np.zeros((len(left), outputs))
     leaf[is_leaf, output] = value[is_leaf]
-    return Tree(np.where(is_leaf, -1, tree["split_indices"]), value, left, right, leaf)
+    feature = np.where(is_leaf, -1, tree["split_indices"])
+    return Tree(feature=feature, threshold=value, left=left, right=right, leaf=leaf)
 
 def _forest_trees(learner, outputs: int) -> list[Tree]:
     "Trees of a fitted RandomForestClassifier: each adds its share of class frequencies (of class 1 for one output)."
     trees = []
     for estimator in learner.estimators_:
-        tree = estimator.tree_
+        tree, is_leaf = estimator.tree_, estimator.tree_.children_left == -1
         share = tree.value[:, 0, :] / tree.value[:, 0, :].sum(axis=1, keepdims=True) / len(learner.estimators_)
-        leaf = np.where((tree.children_left == -1)[:, None], share[:, -outputs:], 0.0)
-        trees.append(Tree(np.where(tree.children_left == -1, -1, tree.feature), _floor_float32(tree.threshold),
-                          tree.children_left, tree.children_right, leaf))
+        trees.append(Tree(feature=np.where(is_leaf, -1, tree.feature), threshold=_floor_float32(tree.threshold),
+                          left=tree.children_left, right=tree.children_right,
+                          leaf=np.where(is_leaf[:, None], share[:, -outputs:], 0.0)))
     return trees
 
 # %% ../nbs/36_tree_graph.ipynb #b4c49ef0
@@ -129,8 +131,9 @@ def _learner_nodes(name: str, learner, outputs: int, features: int) -> list:
     trees = READERS[name](learner, outputs)
     base = _xgboost_base(learner, trees, features) if name == "xgboost" else None
     link = {"random_forest": "Identity"}.get(name, "Sigmoid" if outputs == 1 else "Softmax")
+    attributes: dict[str, Any] = {"axis": 1} if link == "Softmax" else {}
     return [_tree_node(name, trees, base, strict=name == "xgboost"),
-            helper.make_node(link, [f"{name}_raw"], [f"{name}_p"], **({"axis": 1} if link == "Softmax" else {}))]
+            helper.make_node(link, [f"{name}_raw"], [f"{name}_p"], **attributes)]
 
 # %% ../nbs/36_tree_graph.ipynb #5977f286
 def to_onnx(learners: dict, weights: dict[str, float], classes: int, features: int) -> bytes:

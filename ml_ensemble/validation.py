@@ -36,8 +36,28 @@ def _split_times(X, groups) -> tuple[np.ndarray, np.ndarray]:
                               "Check the label end times.")
     return start, end
 
+# %% ../nbs/32_validation.ipynb #2fd4b339
 def index_ns(times) -> np.ndarray:
-    "Times of any resolution as int64 nanoseconds since 1970; without a time zone, UTC is assumed."
+    """Times of any resolution as nanoseconds since 1970; without a time zone, UTC is assumed.
+
+    Parameters
+    ----------
+    times : array-like of times, shape (N,)
+
+    Returns
+    -------
+    numpy.ndarray, shape (N,), int64
+
+    Raises
+    ------
+    ValidationError
+        Numbers instead of times, more than one dimension, or a missing time.
+
+    Examples
+    --------
+    >>> index_ns(["1970-01-01 00:00:01"]).tolist()
+    [1000000000]
+    """
     if np.ndim(times) != 1 or pd.api.types.is_numeric_dtype(pd.Index(times)):
         raise ValidationError("there are no times to split by",
                               "Pass a table with a time index, and times as groups.")
@@ -48,7 +68,29 @@ def index_ns(times) -> np.ndarray:
 
 # %% ../nbs/32_validation.ipynb #c8649e47
 def block_edges(rows: int, blocks: int) -> list[int]:
-    "First row of each block, and the number of rows at the end."
+    """First row of each block, and the number of rows at the end.
+
+    Parameters
+    ----------
+    rows : int
+        Number of rows.
+    blocks : int
+        Number of blocks, at least 2 and at most `rows`.
+
+    Returns
+    -------
+    list of int, length `blocks` + 1
+
+    Raises
+    ------
+    ValidationError
+        Fewer than two blocks, or more than there are rows.
+
+    Examples
+    --------
+    >>> block_edges(14, 4)
+    [0, 3, 7, 10, 14]
+    """
     if not 2 <= blocks <= rows:
         raise ValidationError(f"{rows} rows cannot be cut into {blocks} blocks",
                               "Use at least two blocks and no more than there are rows.")
@@ -66,14 +108,26 @@ class PurgedWalkForward:
 
     Parameters
     ----------
-    n_splits : int
-        Number of test folds.
-    window : {"expanding", "rolling"}
+    n_splits : int, default 5
+        Number of test folds, 1 or more.
+    window : {"expanding", "rolling"}, default "expanding"
         Whether the training part contains all earlier bars, or as many bars as that of the first fold.
-    embargo : int
+    embargo : int, default 0
         Bars excluded between training and test part, in addition to the purge.
-    min_train : int
+    min_train : int, default 100
         Minimum number of training rows after the purge.
+
+    Examples
+    --------
+    Labels of two bars: the labels of bars 2 and 3 are settled within the first test part, so both bars are purged.
+
+    >>> import pandas as pd
+    >>> times = pd.date_range("2024-01-01", periods=12, freq="4h", tz="UTC")
+    >>> splitter = PurgedWalkForward(2, min_train=1)
+    >>> for train, test in splitter.split(times, groups=times + pd.Timedelta("8h")):
+    ...     print(train.tolist(), test.tolist())
+    [0, 1] [4, 5, 6, 7]
+    [0, 1, 2, 3, 4, 5] [8, 9, 10, 11]
     """
 
     def __init__(self, n_splits: int = 5, window: str = "expanding", embargo: int = 0, min_train: int = 100):
@@ -88,9 +142,16 @@ class PurgedWalkForward:
 
         Parameters
         ----------
-        X : DataFrame with an increasing time index, one row per label; or the times themselves.
-        groups : array-like of times, (N,)
+        X : pandas.DataFrame or pandas.Series with an increasing time index, or the times; shape (N, ...)
+            One row per label.
+        y : ignored
+        groups : array-like of times, shape (N,)
             End time of each label.
+
+        Yields
+        ------
+        tuple of numpy.ndarray, int64
+            Row numbers of the training and of the test part.
 
         Raises
         ------
@@ -99,11 +160,42 @@ class PurgedWalkForward:
             All folds are validated before the first one is returned.
         """
         start, end = _split_times(X, groups)
-        yield from list(walk_forward_splits(start, end, self.n_splits, self.window, self.embargo, self.min_train))
+        yield from list(walk_forward_splits(start, end, n_splits=self.n_splits, window=self.window,
+                                            embargo=self.embargo, min_train=self.min_train))
 
 # %% ../nbs/32_validation.ipynb #80075b5f
-def walk_forward_splits(start, end, n_splits: int, window: str, embargo: int, min_train: int):
-    "Walk-forward folds: blocks of equal length with purge and embargo."
+def walk_forward_splits(
+    start: np.ndarray, end: np.ndarray, *, n_splits: int, window: str, embargo: int, min_train: int,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Walk-forward folds: blocks of equal length with purge and embargo.
+
+    Parameters
+    ----------
+    start : numpy.ndarray, shape (N,)
+        Increasing times (or numbers) of the labelled bars.
+    end : numpy.ndarray, shape (N,)
+        Times (or numbers) at which the labels are settled.
+    n_splits, window, embargo, min_train
+        As for `PurgedWalkForward`.
+
+    Yields
+    ------
+    tuple of numpy.ndarray, int64
+        Row numbers of the training and of the test part.
+
+    Raises
+    ------
+    ValidationError
+        An invalid parameter, more blocks than rows, or too few rows after the purge.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> bars = np.arange(6)
+    >>> folds = walk_forward_splits(bars, bars + 1, n_splits=2, window="expanding", embargo=0, min_train=1)
+    >>> [(train.tolist(), test.tolist()) for train, test in folds]
+    [([0], [2, 3]), ([0, 1, 2], [4, 5])]
+    """
     _check_limits(embargo, min_train)
     if window not in ("expanding", "rolling"):
         raise ValidationError(f"window is {window!r}", "Use \"expanding\" or \"rolling\".")
@@ -123,6 +215,7 @@ def _clear_of_block(
     end: np.ndarray,    # (N,) int64 nanoseconds, label ends
     first: int,         # first row of the block
     last: int,          # first row after the block
+    *,
     embargo: int,       # bars after the last label end of the block
 ) -> np.ndarray:        # (N,) bool
     "Rows that can be used for training if the block is tested; rows of the block are excluded."
@@ -137,19 +230,21 @@ def _group_choices(n_groups: int, n_test_groups: int) -> np.ndarray:
                               "Use at least one test group and at least one training group.")
     return np.array(list(combinations(range(n_groups), n_test_groups)))
 
-def _combinatorial_splits(start, end, n_groups: int, n_test_groups: int, embargo: int, min_train: int):
+def _combinatorial_splits(
+    start: np.ndarray, end: np.ndarray, *, n_groups: int, n_test_groups: int, embargo: int, min_train: int,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     "Splits, validated before the first one is returned."
     _check_limits(embargo, min_train)
     choices, edges = _group_choices(n_groups, n_test_groups), block_edges(len(start), n_groups)
-    clear = np.stack([_clear_of_block(start, end, first, last, embargo) for first, last in pairwise(edges)])
+    clear = np.stack([_clear_of_block(start, end, first, last, embargo=embargo) for first, last in pairwise(edges)])
     for chosen in choices:
-        _refuse_eaten(clear[chosen].all(axis=0), edges, chosen, min_train)
+        _check_remaining_rows(clear[chosen].all(axis=0), edges, chosen, min_train)
     for chosen in choices:
         test = np.concatenate([np.arange(edges[group], edges[group + 1]) for group in chosen])
         yield np.flatnonzero(clear[chosen].all(axis=0)), test
 
 # %% ../nbs/32_validation.ipynb #e08c8a71
-def _refuse_eaten(kept: np.ndarray, edges: list[int], chosen: np.ndarray, min_train: int) -> None:
+def _check_remaining_rows(kept: np.ndarray, edges: list[int], chosen: np.ndarray, min_train: int) -> None:
     "Raise `ValidationError` if too few rows remain after the purge, or no row of a training group."
     remaining = np.add.reduceat(kept.astype(int), edges[:-1])
     empty = [group for group in range(len(remaining)) if remaining[group] == 0 and group not in chosen]
@@ -173,14 +268,27 @@ class CombinatorialPurgedSplit:
 
     Parameters
     ----------
-    n_groups : int
+    n_groups : int, default 6
         Number of groups of rows, N.
-    n_test_groups : int
+    n_test_groups : int, default 2
         Number of groups tested in each split, k. There are C(N, k) splits and C(N-1, k-1) = k/N C(N, k) paths.
-    embargo : int
+    embargo : int, default 0
         Bars excluded after each test block, in addition to the purge.
-    min_train : int
+    min_train : int, default 100
         Minimum number of training rows after the purge.
+
+    Examples
+    --------
+    Three groups of four bars, labels of one bar: one bar is purged at each edge of the tested group.
+
+    >>> import pandas as pd
+    >>> times = pd.date_range("2024-01-01", periods=12, freq="4h", tz="UTC")
+    >>> splitter = CombinatorialPurgedSplit(3, 1, min_train=1)
+    >>> for train, test in splitter.split(times, groups=times + pd.Timedelta("4h")):
+    ...     print(train.tolist(), test.tolist())
+    [5, 6, 7, 8, 9, 10, 11] [0, 1, 2, 3]
+    [0, 1, 2, 9, 10, 11] [4, 5, 6, 7]
+    [0, 1, 2, 3, 4, 5, 6] [8, 9, 10, 11]
     """
 
     def __init__(self, n_groups: int = 6, n_test_groups: int = 2, embargo: int = 0, min_train: int = 100):
@@ -191,7 +299,17 @@ class CombinatorialPurgedSplit:
         return math.comb(self.n_groups, self.n_test_groups)
 
     def get_paths(self) -> np.ndarray:
-        "Number of the split whose predictions are used for each path and group, (n_paths, n_groups)."
+        """Number of the split whose predictions are used for each path and group.
+
+        Returns
+        -------
+        numpy.ndarray, shape (n_paths, n_groups), int64
+
+        Examples
+        --------
+        >>> CombinatorialPurgedSplit(4, 2).get_paths().tolist()
+        [[0, 0, 1, 2], [1, 3, 3, 4], [2, 4, 5, 5]]
+        """
         return _path_splits(_group_choices(self.n_groups, self.n_test_groups))
 
     def split(self, X, y=None, groups=None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -199,9 +317,14 @@ class CombinatorialPurgedSplit:
 
         Parameters
         ----------
-        X : DataFrame with an increasing time index, one row per label; or the times themselves.
-        groups : array-like of times, (N,)
+        X : pandas.DataFrame or pandas.Series with an increasing time index, or the times; shape (N, ...)
+            One row per label.
+        groups : array-like of times, shape (N,)
             End time of each label.
+
+        Yields
+        ------
+        tuple of numpy.ndarray, int64
 
         Raises
         ------
@@ -210,14 +333,36 @@ class CombinatorialPurgedSplit:
             of a group or too few rows after the purge. All splits are validated before the first one is returned.
         """
         start, end = _split_times(X, groups)
-        yield from _combinatorial_splits(start, end, self.n_groups, self.n_test_groups, self.embargo, self.min_train)
+        yield from _combinatorial_splits(start, end, n_groups=self.n_groups, n_test_groups=self.n_test_groups,
+                                         embargo=self.embargo, min_train=self.min_train)
 
 # %% ../nbs/32_validation.ipynb #1778a8f6
-def assemble_paths(
-    tests: Iterable[np.ndarray],        # test rows of each split, in the splitter's order
-    predictions: Iterable[np.ndarray],  # for each split (len(test), ...)
-) -> np.ndarray:                        # (n_paths, N, ...)
-    "Join the out-of-sample predictions of all splits to paths."
+def assemble_paths(tests: Iterable[np.ndarray], predictions: Iterable[np.ndarray]) -> np.ndarray:
+    """Join the out-of-sample predictions of all splits to paths.
+
+    Parameters
+    ----------
+    tests : iterable of numpy.ndarray, each (M,) int64
+        Test rows of each split, in the order of the splitter.
+    predictions : iterable of numpy.ndarray, each (M, ...)
+        Predictions of these rows.
+
+    Returns
+    -------
+    numpy.ndarray, shape (n_paths, N, ...), common dtype of the predictions
+
+    Raises
+    ------
+    ValidationError
+        The number of predictions differs from the number of rows, or the rows are not predicted equally often.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> tests = [np.array([0, 1]), np.array([0, 2]), np.array([1, 2])]      # three groups of one row, two tested
+    >>> assemble_paths(tests, [np.array([0.1, 0.1]), np.array([0.2, 0.2]), np.array([0.3, 0.3])]).tolist()
+    [[0.1, 0.1, 0.2], [0.2, 0.3, 0.3]]
+    """
     tests, predictions = list(tests), [np.asarray(values) for values in predictions]
     if [len(test) for test in tests] != [len(values) for values in predictions]:
         raise ValidationError(f"the predictions of {len(predictions)} splits do not fit the test rows of {len(tests)}",

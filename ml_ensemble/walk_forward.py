@@ -46,7 +46,7 @@ class TrainingSet:
 def is_complete(inputs: np.ndarray) -> np.ndarray:
     "(N,) bool mask of rows without NaN and without values beyond float32, which occur if prices do not change."
     with np.errstate(over="ignore"):
-        return np.isfinite(np.asarray(inputs).astype(np.float32)).all(axis=1)
+        return np.asarray(np.isfinite(np.asarray(inputs).astype(np.float32)).all(axis=1))
 
 def make_training_set(manager: FeatureManager, candles: pd.DataFrame, labels: pd.DataFrame,
                       classes: int) -> TrainingSet:
@@ -57,8 +57,8 @@ def make_training_set(manager: FeatureManager, candles: pd.DataFrame, labels: pd
     rows = complete.intersection(labels.index).intersection(ahead.index)
     kept = features.loc[rows]
     return TrainingSet(
-        manager=manager, features=kept, inputs=scale_free(kept).astype(np.float32), y=labels.loc[rows, "label"].to_numpy(),
-        end_time=pd.DatetimeIndex(labels.loc[rows, "end_time"]), returns=ahead.loc[rows].to_numpy(),
+        manager=manager, features=kept, inputs=scale_free(kept).astype(np.float32), returns=ahead.loc[rows].to_numpy(),
+        y=labels.loc[rows, "label"].to_numpy(), end_time=pd.DatetimeIndex(labels.loc[rows, "end_time"]),
         classes=(0, 1) if classes == 2 else (-1, 0, 1), spread=known_spread(candles).loc[rows].to_numpy())
 
 # %% ../nbs/34_walk_forward.ipynb #fac112ca
@@ -157,8 +157,8 @@ class WalkForwardResult:
 
     def predictions(self, proba: np.ndarray) -> Predictions:
         "Probabilities (N, K) of the same rows as `Predictions`."
-        return Predictions(time=self.time, y=self.y, proba=proba, prior=self.prior, fold=self.fold, previous=self.previous,
-                           classes=self.classes)
+        return Predictions(time=self.time, y=self.y, proba=proba, prior=self.prior, fold=self.fold,
+                           previous=self.previous, classes=self.classes)
 
 def _settled_before(time: pd.DatetimeIndex, y: np.ndarray, end_time: pd.DatetimeIndex) -> np.ndarray:
     "For each bar the newest label that was settled by its close (0 if there is none)."
@@ -173,6 +173,7 @@ def walk_forward(
     data: TrainingSet,
     splitter,                            # yields (train, test) row numbers
     learners: Callable[[], dict],        # returns new, unfitted learners
+    *,
     progress: Callable[[str], None] = lambda text: None,
     fitting: Fitting = Fitting(),
     workers: int = 1,                    # number of parallel fits
@@ -182,13 +183,13 @@ def walk_forward(
     positions, fitted = [encode(data.y[train], data.classes) for train, _ in splits], [learners() for _ in splits]
     time, parts, folds = data.features.index, [], []
 
-    def work(fold: int, name: str) -> np.ndarray:
+    def fit_and_predict(fold: int, name: str) -> np.ndarray:
         train, test = splits[fold]
-        fit_learner(fitted[fold][name], data.inputs[train], positions[fold], data.span(train), fitting,
+        fit_learner(fitted[fold][name], data.inputs[train], positions[fold], data.span(train), fitting=fitting,
                     classes=len(data.classes))
         return predict_learner(fitted[fold][name], data.inputs[test])
 
-    results = in_threads(work, [(fold, name) for fold in range(len(splits)) for name in fitted[0]], workers)
+    results = in_threads(fit_and_predict, [(fold, name) for fold in range(len(splits)) for name in fitted[0]], workers)
     for fold, (train, test) in enumerate(splits):
         progress(f"fold {fold + 1}: {', '.join(fitted[0])} on {len(train):,} bars")
         prior = class_shares(positions[fold], len(data.classes))
@@ -212,4 +213,4 @@ def _join_parts(data: TrainingSet, parts: list, folds: list, newest: dict) -> Wa
 
 def weighted_mean(proba: dict[str, np.ndarray], weights: dict[str, float]) -> np.ndarray:
     "Weighted mean of the learners' probabilities, (N, K)."
-    return sum(weights[name] * proba[name] for name in proba)
+    return np.sum([weights[name] * p for name, p in proba.items()], axis=0)

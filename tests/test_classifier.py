@@ -34,6 +34,8 @@ TINY = {name: {**FEW[name], "n_estimators": 4} for name in LEARNERS} | {"n_jobs"
 CONTRACTS = {"default": {}, "prior": {"incomplete": "prior"},
              "learned": {"weighting": "learned", "calibration": "auto", "cv": StratifiedKFold(2)}}
 ARRAY_API = "check_array_api_input"      # needs a variable that is read when scipy is first imported
+# Limits of the libraries count rows, whatever their weight; scikit-learn expects its own forest to fail this check too.
+EXPECTED_TO_FAIL = "check_sample_weight_equivalence_on_dense_data"
 
 
 def check_name(check) -> str:
@@ -43,7 +45,7 @@ def check_name(check) -> str:
 CHECKS = [pytest.param(model, check, id=f"{name}-{number}-{check_name(check)}")
           for name, own in CONTRACTS.items()
           for number, (model, check) in enumerate(estimator_checks_generator(EnsembleClassifier(**TINY, **own)))
-          if check_name(check) != ARRAY_API]
+          if check_name(check) not in (ARRAY_API, EXPECTED_TO_FAIL)]
 
 
 @pytest.mark.filterwarnings("ignore:Using the fractional value max_samples")
@@ -99,11 +101,11 @@ def test_its_probabilities_are_those_of_the_weekly_recipe_bit_for_bit(data, thre
         assert model.classes_.tolist() == list(rows.classes)
 
 
-@pytest.mark.parametrize(("weighting", "calibration"), [("learned", "platt"), ("greedy", "isotonic")])
-def test_its_blend_equals_that_of_the_weekly_recipe(data, weighting, calibration):
-    mixing = BlendConfig(SHARES, weighting, SETTINGS.ensemble.shrinkage, calibration,
-                    SETTINGS.ensemble.calibration_shrinkage)
-    expected = walk_forward_blend(walked(data, seed=11), mixing).final
+@pytest.mark.parametrize(("weighting", "calibration"), [("learned", "platt"), ("learned", "none"), ("fixed", "platt")])
+def test_its_blend_is_that_of_the_weekly_recipe(data, weighting, calibration):
+    config = BlendConfig(SHARES, weighting=weighting, shrinkage=SETTINGS.ensemble.shrinkage, calibration=calibration,
+                         calibration_shrinkage=SETTINGS.ensemble.calibration_shrinkage)
+    expected = walk_forward_blend(walked(data, seed=11), config).final
     folds = list(SPLITTER.split(data.features, groups=data.end_time))
     model = EnsembleClassifier(**PARAMETERS, weighting=weighting, calibration=calibration, cv=folds, random_state=11,
                                n_jobs=1).fit(data.inputs, data.y)
@@ -126,7 +128,7 @@ def test_the_folds_are_purged_walk_forward_unless_others_are_given(data):
     assert configured.weights_ == same.weights_
 
 
-def test_omitted_parameters_are_as_configured(data, monkeypatch):
+def test_parameters_that_are_not_passed_are_as_configured(data, monkeypatch):
     configured = load_settings().learners.model_dump()
     model = EnsembleClassifier(**FEW).fit(data.inputs, data.y)
     assert model.parameters_ == {name: configured[name] | FEW[name] for name in LEARNERS}
@@ -139,7 +141,7 @@ def test_omitted_parameters_are_as_configured(data, monkeypatch):
 
 # -- scikit-learn's tools ------------------------------------------------------------------------------------------
 
-def test_candles_as_input_and_decisions_as_output(sandbox, data):
+def test_a_pipeline_predicts_from_candles(sandbox, data):
     labels = forward_return_labels(sandbox)
     ensemble = EnsembleClassifier(**FEW, incomplete="prior")
     model = make_pipeline(FeatureManager(), FunctionTransformer(scale_free), ensemble)
@@ -192,15 +194,15 @@ def test_parameters_inside_the_dicts():
         model.set_params(catboost__depth=3)
 
 
-def test_a_pickle_and_a_copy_give_equal_predictions(data):
-    model = EnsembleClassifier(**FEW, weighting="greedy").fit(data.inputs, data.y)
+def test_a_pickle_predicts_like_the_model_and_a_clone_is_not_fitted(data):
+    model = EnsembleClassifier(**FEW, weighting="learned").fit(data.inputs, data.y)
     again = pickle.loads(pickle.dumps(model))
     assert again.predict_proba(data.inputs).tobytes() == model.predict_proba(data.inputs).tobytes()
     with pytest.raises(NotFittedError):
         clone(model).predict(data.inputs)
 
 
-def test_columns_are_remembered(data):
+def test_column_names_are_stored_and_checked(data):
     table = pd.DataFrame(data.inputs, columns=[f"x{i}" for i in range(12)])
     model = EnsembleClassifier(**FEW).fit(table, data.y)
     assert model.n_features_in_ == 12 and model.feature_names_in_.tolist() == table.columns.tolist()
@@ -214,47 +216,39 @@ def test_columns_are_remembered(data):
 # -- labels, weights, incomplete rows ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("names", [["hold", "buy"], ["sell", "hold", "buy"], ["a", "b", "c", "d"]])
-def test_any_labels_in_any_number_from_two_on(data, names):
+def test_labels_can_be_text_or_numbers_of_two_or_more_classes(data, names):
     k = len(names)
     number = np.digitize(data.inputs[:, 1], np.quantile(data.inputs[:, 1], np.arange(1, k) / k))   # of something learnable
-    words = np.array(sorted(names), dtype=object)[number]
-    by_word, by_number = (EnsembleClassifier(**FEW).fit(data.inputs, y) for y in (words, number))
+    texts = np.array(sorted(names), dtype=object)[number]
+    by_word, by_number = (EnsembleClassifier(**FEW).fit(data.inputs, y) for y in (texts, number))
     assert by_word.classes_.tolist() == sorted(names)
     assert by_word.predict_proba(data.inputs).tobytes() == by_number.predict_proba(data.inputs).tobytes()
     np.testing.assert_allclose(by_word.predict_proba(data.inputs).sum(axis=1), 1)
-    assert (by_word.predict(data.inputs) == words).mean() > 0.9
+    assert (by_word.predict(data.inputs) == texts).mean() > 0.9
 
 
-@pytest.mark.parametrize("how", [{}, {"weighting": "learned", "calibration": "platt"}], ids=["fixed", "learned"])
-def test_a_row_of_weight_two_equals_the_row_twice_and_a_row_of_weight_zero_is_ignored(data, how):
-    rng = np.random.default_rng(0)
-    weight = rng.integers(0, 4, len(data))
-    how = FEW | how | {"cv": None if not how else "set below"}
+@pytest.mark.parametrize("options", [{}, {"weighting": "learned", "calibration": "platt"}], ids=["fixed", "learned"])
+def test_a_row_of_weight_zero_has_no_influence_and_equal_weights_are_no_weights(data, options):
+    row, half = np.arange(len(data)), len(data) // 2
+    weight = np.random.default_rng(0).integers(0, 2, len(data)).astype(float)
+    kept = weight > 0
 
-    def answer(X, y, parts, sample_weight=None):
-        model = EnsembleClassifier(**how | {"cv": parts if how["cv"] else None})
-        return model.fit(X, y, sample_weight).predict_proba(data.inputs)
+    def proba(rows, sample_weight=None):
+        folds = [(np.flatnonzero(row[rows] < half), np.flatnonzero(row[rows] >= half))]
+        model = EnsembleClassifier(**FEW | options | {"cv": folds if options else None})
+        return model.fit(data.inputs[rows], data.y[rows], sample_weight).predict_proba(data.inputs)
 
-    n, half = np.arange(len(data)), len(data) // 2
-    folds = [(n[:half], n[half:])]
-    copies = np.repeat(n, weight)
-    split = [(np.flatnonzero(copies < half), np.flatnonzero(copies >= half))]
-    weighted, written = answer(data.inputs, data.y, folds, weight), answer(data.inputs[copies], data.y[copies], split)
-    assert weighted.tobytes() == written.tobytes()
-    there = weight > 0
-    kept = [(np.flatnonzero(n[there] < half), np.flatnonzero(n[there] >= half))]
-    zeroed, removed = (answer(data.inputs, data.y, folds, there.astype(float)),
-                       answer(data.inputs[there], data.y[there], kept))
-    assert zeroed.tobytes() == removed.tobytes() != weighted.tobytes()
+    assert proba(row, weight).tobytes() == proba(kept).tobytes() != proba(row).tobytes()
+    assert proba(row, np.full(len(data), 3.0)).tobytes() == proba(row).tobytes()
 
 
-def test_a_class_without_weight_is_dropped(three):
+def test_a_class_without_positive_weight_is_ignored(three):
     weight = (three.y != -1).astype(float)
     model = EnsembleClassifier(**FEW).fit(three.inputs, three.y, weight)
     assert model.classes_.tolist() == [0, 1]
 
 
-def test_splits_by_number_count_only_rows_with_weight(data):
+def test_a_number_of_splits_divides_the_rows_with_a_positive_weight(data):
     weight = np.ones(len(data))
     weight[::3] = 0
     how = FEW | {"weighting": "learned", "cv": 3}
@@ -263,7 +257,7 @@ def test_splits_by_number_count_only_rows_with_weight(data):
     assert zeroed.weights_ == removed.weights_
 
 
-def test_fractional_weights_reach_all_three_learners_and_the_blend(data):
+def test_fractional_weights_affect_all_three_learners_and_the_blend(data):
     weight = np.where(data.y == 1, 3.7, 0.9)
     plain, weighted = (EnsembleClassifier(**FEW).fit(data.inputs, data.y, w) for w in (None, weight))
     for name in LEARNERS:
@@ -274,21 +268,22 @@ def test_fractional_weights_reach_all_three_learners_and_the_blend(data):
     folds = [(n[:900], n[900:])]
     model = EnsembleClassifier(**FEW, weighting="learned", cv=folds).fit(data.inputs, data.y, weight)
     make = lambda: make_learners(model.parameters_, load_settings().seed, 1)
-    proba, rows = _predict_out_of_fold(make, data.inputs, data.y, weight, model.classes_, folds, workers=1)
-    hit, fixed = prob_of_true_class(proba, data.y[rows]), np.array([0.4, 0.4, 0.2])
-    expected = learn_weights(hit, fixed, SETTINGS.ensemble.shrinkage, weight[rows] / weight[rows].mean())
+    proba, rows = _predict_out_of_fold(make, data.inputs, data.y, weight, classes=model.classes_, folds=folds,
+                                       workers=1)
+    p_true, fixed = prob_of_true_class(proba, data.y[rows]), np.array([0.4, 0.4, 0.2])
+    expected = learn_weights(p_true, fixed, SETTINGS.ensemble.shrinkage, weight[rows] / weight[rows].mean())
     np.testing.assert_allclose(list(model.weights_.values()), expected, atol=1e-12)
-    assert np.abs(expected - learn_weights(hit, fixed, SETTINGS.ensemble.shrinkage)).max() > 1e-3
+    assert np.abs(expected - learn_weights(p_true, fixed, SETTINGS.ensemble.shrinkage)).max() > 1e-3
 
 
-def test_weights_too_large_to_repeat_rows_are_used_as_relative_weights(data):
-    weight = np.where(data.y == 1, 30, 10)
+def test_only_the_ratios_of_weights_matter(data):
+    weight = np.where(data.y == 1, 3, 1)
     first, second = (EnsembleClassifier(**FEW).fit(data.inputs, data.y, weight * factor).predict_proba(data.inputs)
                      for factor in (1, 10**7))
     np.testing.assert_allclose(first, second, atol=1e-9)
 
 
-def test_incomplete_rows_are_ignored_in_fit_and_get_the_class_shares_in_predict(data):
+def test_incomplete_rows_are_excluded_and_predicted_with_the_class_shares(data):
     X, missing = data.inputs.copy(), np.arange(len(data)) % 7 == 0
     X[missing, 4] = np.nan
     model = EnsembleClassifier(**FEW, incomplete="prior").fit(X, data.y)
@@ -301,10 +296,9 @@ def test_incomplete_rows_are_ignored_in_fit_and_get_the_class_shares_in_predict(
 
 # -- what is learned -----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("weighting", ["learned", "greedy"])
-def test_learned_weights_lie_on_the_simplex_and_fit_the_out_of_fold_rows(data, weighting):
+def test_learned_weights_lie_on_the_simplex_and_fit_the_out_of_fold_rows(data):
     folds = list(SPLITTER.split(data.features, groups=data.end_time))
-    model = EnsembleClassifier(**PARAMETERS, weighting=weighting, cv=folds, random_state=11, n_jobs=1)
+    model = EnsembleClassifier(**PARAMETERS, weighting="learned", cv=folds, random_state=11, n_jobs=1)
     weights = model.fit(data.inputs, data.y).weights_
     assert list(weights) == list(LEARNERS) and min(weights.values()) >= 0
     assert sum(weights.values()) == pytest.approx(1, abs=1e-12)
@@ -313,7 +307,7 @@ def test_learned_weights_lie_on_the_simplex_and_fit_the_out_of_fold_rows(data, w
     assert loss["new"] < loss["fixed"]
 
 
-def test_learned_weights_favour_the_informative_learner(data):
+def test_the_only_informative_learner_gets_nearly_all_the_weight(data):
     blind = FEW | {"weighting": "learned", "xgboost": {"n_estimators": 1, "learning_rate": 1e-6},
                    "lightgbm": {"n_estimators": 1, "learning_rate": 1e-6}, "random_forest": {"n_estimators": 60}}
     y = (data.inputs[:, 1] > np.median(data.inputs[:, 1])).astype(int)
@@ -321,33 +315,32 @@ def test_learned_weights_favour_the_informative_learner(data):
     assert weights["random_forest"] > 0.9
 
 
-@pytest.mark.parametrize("kind", ["platt", "isotonic"])
-def test_calibration_sharpens_an_underconfident_ensemble_and_improves_its_log_loss(kind, monkeypatch):
+def test_calibration_makes_an_underconfident_ensemble_more_confident_and_better(monkeypatch):
     rng = np.random.default_rng(2)
     X = rng.normal(size=(4000, 3)).astype(np.float32)
     truth = 1 / (1 + np.exp(-2 * X[:, 0]))
     y = (rng.random(4000) < truth).astype(int)
-    timid = FEW | {"lightgbm": {"n_estimators": 10, "learning_rate": 0.02}, "weights": (0.5, 0.5, 0.0),
+    underconfident = FEW | {"lightgbm": {"n_estimators": 10, "learning_rate": 0.02}, "weights": (0.5, 0.5, 0.0),
                    "xgboost": {"n_estimators": 10, "learning_rate": 0.02}}
-    answer = lambda calibration: EnsembleClassifier(**timid, calibration=calibration, cv=2).fit(
+    calibrated_with = lambda calibration: EnsembleClassifier(**underconfident, calibration=calibration, cv=2).fit(
         X[:3000], y[:3000]).predict_proba(X[3000:])[:, 1]
-    raw, held_back = answer("none"), answer(kind)
-    assert log_loss(y[3000:], held_back) < log_loss(y[3000:], raw)        # platt as firmly held back as configured
+    raw, shrunk = calibrated_with("none"), calibrated_with("platt")
+    assert log_loss(y[3000:], shrunk) < log_loss(y[3000:], raw)           # with the configured shrinkage
     monkeypatch.setenv("ML_ENSEMBLE_ENSEMBLE__CALIBRATION_SHRINKAGE", "0")
-    calibrated = answer(kind)
+    calibrated = calibrated_with("platt")
     assert calibrated.std() > 2 * raw.std()
     assert np.abs(calibrated - truth[3000:]).mean() < np.abs(raw - truth[3000:]).mean() / 2
     assert log_loss(y[3000:], calibrated) < log_loss(y[3000:], raw) - 0.05
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
-def test_probabilities_of_0_and_1_give_a_finite_log_loss():
+def test_a_forest_that_predicts_0_or_1_keeps_the_log_loss_finite():
     rng = np.random.default_rng(3)
     X = rng.normal(size=(300, 2))
     y = (X[:, 0] > 0).astype(int)
     y[::50] = 1 - y[::50]
     sure = {"min_samples_leaf": 1, "max_depth": None, "n_estimators": 5}
-    for weighting in ("fixed", "learned", "greedy"):
+    for weighting in ("fixed", "learned"):
         model = EnsembleClassifier(**FEW | {"random_forest": sure}, weights=(0, 0, 1), weighting=weighting,
                                    calibration="platt", cv=2).fit(X, y)
         assert np.isfinite(model.predict_proba(X)).all() and np.isfinite(list(model.weights_.values())).all()
@@ -356,7 +349,7 @@ def test_probabilities_of_0_and_1_give_a_finite_log_loss():
 
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_a_seed_gives_the_same_bits_and_another_seed_others(data, at_once):
-    how = FEW | {"n_jobs": at_once, "weighting": "learned", "calibration": "isotonic", "cv": 2}
+    how = FEW | {"n_jobs": at_once, "weighting": "learned", "calibration": "platt", "cv": 2}
     first, second, other = (EnsembleClassifier(**how, random_state=seed).fit(data.inputs, data.y).predict_proba(data.inputs)
                             for seed in (5, 5, 6))
     assert first.tobytes() == second.tobytes() != other.tobytes()
@@ -384,8 +377,8 @@ def test_learners_see_float32(data):
     ({"weights": (0.5, 0.5)}, "Pass three non-negative numbers"),
     ({"weights": (np.nan, 0.5, 0.5)}, "the weights are"),
     ({"weights": "equal"}, "the weights are 'equal'"),
-    ({"weighting": "best"}, "weighting is 'best'. Use one of fixed, learned, greedy"),
-    ({"calibration": "sigmoid"}, "calibration is 'sigmoid'. Use one of none, auto, platt, isotonic"),
+    ({"weighting": "best"}, "weighting is 'best'. Use one of fixed, learned"),
+    ({"calibration": "sigmoid"}, "calibration is 'sigmoid'. Use one of none, auto, platt"),
     ({"incomplete": "drop"}, "incomplete is 'drop'. Use one of refuse, prior"),
     ({"lightgbm": {"num_leafs": 3}}, "lightgbm has no parameter 'num_leafs'. Did you mean num_leaves?"),
     ({"lightgbm": {"min_data_in_leaf": 3, "min_child_samples": 3}}, "min_child_samples of lightgbm is given twice"),
@@ -397,13 +390,13 @@ def test_learners_see_float32(data):
     ({"weighting": "learned", "cv": []}, "the 0 splits in cv has no usable row"),
     ({"weighting": "learned", "cv": [([0, 1, 2], [9999])]}, "the 1 splits in cv has no usable row"),
 ])
-def test_a_wrong_parameter_is_a_named_error(data, parameters, expected):
+def test_an_invalid_parameter_raises_an_error(data, parameters, expected):
     with pytest.raises(ValueError) as refused:
         EnsembleClassifier(**FEW | parameters).fit(data.inputs, data.y)
     assert isinstance(refused.value, MLEnsembleError) and expected in str(refused.value)
 
 
-def test_too_few_rows_are_a_named_error(data, three):
+def test_too_few_rows_raise_an_error(data, three):
     learned = EnsembleClassifier(**FEW, weighting="learned")
     with pytest.raises(ValidationError, match="5 rows cannot be cut into 6 blocks"):
         learned.fit(data.inputs[:5], [0, 1, 0, 1, 0])
@@ -416,7 +409,7 @@ def test_too_few_rows_are_a_named_error(data, three):
     assert EnsembleClassifier(**FEW, calibration="auto").fit(three.inputs, three.y).calibration_ == {"kind": "none"}
 
 
-def test_invalid_weights_and_labels_are_named_errors(data):
+def test_invalid_weights_and_labels_raise_an_error(data):
     model = EnsembleClassifier(**FEW)
     one = np.ones(len(data))
     for weight, expected in ((-one, "the weight of row 0 is -1"), (0 * one, "every sample weight is zero"),
@@ -429,7 +422,7 @@ def test_invalid_weights_and_labels_are_named_errors(data):
         model.set_params(incomplete="prior").fit(np.full((4, 2), np.nan), [0, 1, 0, 1])
 
 
-def test_the_front_door_imports_it_only_when_asked():
+def test_the_package_imports_the_classifier_lazily():
     script = """
 import json, sys, ml_ensemble
 from ml_ensemble import FeatureManager, ProductionEnsemble

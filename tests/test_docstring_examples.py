@@ -61,6 +61,12 @@ FRONT_DOORS = (
     ("ensemble", "ProductionEnsemble.get_feature_names"),
     ("ensemble", "ProductionEnsemble.to_bytes"),
     ("market_data", "load_candles"),
+    *(("labels", name) for name in (
+        "next_returns", "forward_return_labels", "triple_barrier_labels", "average_uniqueness", "make_labels")),
+    *(("validation", name) for name in (
+        "index_ns", "block_edges", "walk_forward_splits", "PurgedWalkForward", "CombinatorialPurgedSplit",
+        "CombinatorialPurgedSplit.get_paths", "assemble_paths")),
+    ("classifier", "EnsembleClassifier"),
 )
 
 

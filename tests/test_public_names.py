@@ -16,7 +16,7 @@ PUBLIC = {
     """,
     "blending": """
         Blend BlendConfig BlendResult calibration_kind fit_blend fit_calibration learn_weights prob_of_true_class
-        select_greedily walk_forward_blend
+        walk_forward_blend
     """,
     "candle_files": "read_candle_file",
     "candle_schema": """

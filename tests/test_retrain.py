@@ -81,22 +81,22 @@ def test_the_configuration_as_it_stands_passes_its_gate_on_the_documented_market
     assert "skip_exec" not in outcome.report.with_suffix(".html").read_text()      # a note to nbdev_test, not to readers
 
 
-def test_a_custom_feature_and_an_isotonic_calibration_reach_production(store, tmp_path, monkeypatch):
+def test_a_custom_feature_and_a_calibration_go_all_the_way_into_production(store, tmp_path, monkeypatch):
     (tmp_path / "my_features.py").write_text(
         "from ml_ensemble.custom_features import custom_feature\n\n"
         "@custom_feature(window=[11, 0], unit=\"ratio\")\n"
         "def range_12(bars):\n    \"high over low of 12 bars\"\n    return bars.high.max() / bars.low.min() - 1\n")
     monkeypatch.syspath_prepend(tmp_path)                       # here, and for the processes that are started
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    outcome = run(store, "features.custom=[my_features:range_12]", "calibration=isotonic", "n_estimators=40")
+    outcome = run(store, "features.custom=[my_features:range_12]", "calibration=platt", "n_estimators=40")
     assert outcome.promoted and outcome.metadata["features"][12:] == ["range_12"]
     parity = next(c for c in outcome.verdict.criteria if c.name == "artefact parity")
-    assert parity.status == "pass" and outcome.metadata["artefact"]["parity_error"] > 0   # isotonic steps once failed it
+    assert parity.status == "pass" and outcome.metadata["artefact"]["parity_error"] > 0
     with pytest.raises(FeatureError, match=r"custom features range_12.*FeatureManager\(custom"):
         ProductionEnsemble(store=store)
     manager = FeatureManager(custom=[load_custom("my_features:range_12")])
     model = ProductionEnsemble(store=store, features=manager)
-    assert model.get_model_info()["calibration"]["kind"] == "isotonic"
+    assert model.get_model_info()["calibration"]["kind"] == "platt"
     candles, _ = simulate_market(200, seed=5)
     features = manager.generate_features(candles)
     assert np.isfinite(model.predict_proba(features)[49:]).all()

@@ -61,7 +61,7 @@ def sandbox_learned(classes, seed):
 
 def sandbox_ensemble(classes=2, seed=1, calibration="none", threshold=0.45, **limits):
     data, learners = sandbox_learned(classes, seed)
-    return make_ensemble(data, learners, WEIGHTS, threshold, CALIBRATIONS[calibration], **limits)
+    return make_ensemble(data, learners, WEIGHTS, threshold, calibration=CALIBRATIONS[calibration], **limits)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,8 @@ def sp500_learned(sp500):
 @pytest.mark.parametrize("classes, calibration", [(2, "none"), (2, "platt"), (2, "isotonic"), (3, "none")])
 def test_a_replay_of_5000_real_bars_equals_the_batch_bit_by_bit(sp500, sp500_learned, classes, calibration):
     data, learners = sp500_learned[classes]
-    made = make_ensemble(data, learners, WEIGHTS, 0.4, CALIBRATIONS[calibration], max_age_days=1e4, range_margin=0.1)
+    made = make_ensemble(data, learners, WEIGHTS, 0.4, calibration=CALIBRATIONS[calibration], max_age_days=1e4,
+                         range_margin=0.1)
     told = {"data": {"to": data.features.index[-1].isoformat(), "calendar": "sessions"}, "version": "20200101-0001"}
     model = restore_ensemble(read_payload(made.to_bytes()), told)
     history = sp500.iloc[-5000:]

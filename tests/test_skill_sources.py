@@ -158,7 +158,7 @@ CASES = {"stablecoin": (quiet(4300), (), "not enough evidence"), "stablecoin, th
          "two buys": (quiet(4300, (2500, 4000)), (), "not enough evidence"),
          "two buys, three": (quiet(4300, (2500, 4000)), ("classes=3",), "not enough evidence"),
          "two buys, weighed": (quiet(4300, (2500, 4000)), ("class_weight=balanced", "early_stopping=5"), "not enough evidence"),
-         "two buys, learned": (quiet(4300, (2500, 4000)), ("weighting=learned", "calibration=isotonic"), "not enough evidence"),
+         "two buys, learned": (quiet(4300, (2500, 4000)), ("weighting=learned", "calibration=platt"), "not enough evidence"),
          "goes still": (still_after(simulate_market(4300, seed=1)[0], 3000), (), None),
          "still, bounce": (still_after(simulate_market(4300, seed=1, strength=0, spread=0.006, volatility=0.003)[0], 3000), (), "refused")}
 

@@ -65,7 +65,7 @@ def test_labels_of_unequal_length_are_purged_by_their_end_and_not_by_their_numbe
                                                                        ([0, 1, 2, 4, 5], [6, 7, 8])]
 
 
-def test_where_bars_are_missing_the_time_counts_and_not_the_row():
+def test_the_purge_is_by_time_where_bars_are_missing():
     # A night lies between bars 3 and 20. Labels of two hours are settled before the next day's first bar.
     start = np.array([0, 1, 2, 3, 20, 21, 22, 23])
     found = split(CombinatorialPurgedSplit(2, 1, min_train=1), start, start + 2)
@@ -196,7 +196,7 @@ def test_the_plain_cases_agree_with_scikit_learn(sizes):
 
 @pytest.mark.parametrize("splitter", [PurgedWalkForward(4, embargo=5), CombinatorialPurgedSplit(6, 2, embargo=5)],
                          ids=["walk-forward", "combinatorial"])
-def test_barrier_labels_do_not_reach_across(sandbox, splitter):
+def test_barrier_labels_of_training_rows_do_not_overlap_the_test_part(sandbox, splitter):
     labels = triple_barrier_labels(sandbox, horizon=12)
     start, end = labels.index, pd.DatetimeIndex(labels["end_time"])
     assert len(set(end - start)) > 3                                     # otherwise a count would have done
@@ -208,7 +208,7 @@ def test_barrier_labels_do_not_reach_across(sandbox, splitter):
 
 @pytest.mark.parametrize("splitter", [PurgedWalkForward(3, min_train=1), CombinatorialPurgedSplit(4, 2, min_train=1)],
                          ids=["walk-forward", "combinatorial"])
-def test_scikit_learn_takes_them_and_times_may_come_in_any_form(splitter):
+def test_splitters_work_with_scikit_learn_and_accept_times_of_any_form(splitter):
     start, end, y = at(range(40)), at(np.arange(40) + 2), np.arange(40) % 2
     X = pd.DataFrame({"x": 0.0}, index=start)
     wanted = fixed(splitter, 40, 2)
@@ -225,7 +225,7 @@ def test_scikit_learn_takes_them_and_times_may_come_in_any_form(splitter):
         cross_validate(DummyClassifier(), X, y, cv=splitter)
 
 
-def test_no_split_is_returned_if_a_later_one_would_be_refused():
+def test_no_split_is_returned_if_a_later_one_is_invalid():
     start, end = np.arange(30), np.arange(30)
     end[10:20] = 25                                                      # the second block is settled late
     assert refusals(lambda: next(PurgedWalkForward(2, "rolling", min_train=1).split(at(start), groups=at(end)))) is None
