@@ -6,6 +6,7 @@
 __all__ = ['Performance', 'deflated_sharpe', 'performance', 'Backtest', 'backtest', 'plot_equity']
 
 # %% ../nbs/41_backtest.ipynb #a0422f2e
+import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -39,7 +40,7 @@ def _expected_best(trials: int, observations: int) -> float:
     if trials < 2:
         return 0.0
     gamma = np.euler_gamma
-    best = (1 - gamma) * norm.ppf(1 - 1 / trials) + gamma * norm.ppf(1 - 1 / (trials * np.e))
+    best = (1 - gamma) * norm.ppf(1 - 1 / trials) + gamma * norm.ppf(1 - 1 / (trials * math.e))
     return float(best / np.sqrt(observations - 1))
 
 def deflated_sharpe(returns: np.ndarray, trials: int = 1) -> float:
