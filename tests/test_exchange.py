@@ -1,4 +1,4 @@
-"""Candles from exchanges: a local server speaks the formats of bitbank, Binance and Kraken, with their faults."""
+"""Candles from exchanges: a local server uses the formats of bitbank, Binance and Kraken, with their faults."""
 import json
 import socket
 import subprocess
@@ -231,6 +231,16 @@ def test_the_next_week_asks_for_what_is_new_and_an_overlap(kind, start, fetch):
         assert int(query["since"][0]) * 1000 == server.now - 60_000 - (42 + 25) * STEP   # ccxt asks one bar early
 
 
+def test_three_weeks_grow_one_history(start, fetch):
+    server = start("bitbank")
+    end, new = server.now, []
+    for week in range(3, -1, -1):
+        server.now = end - 42 * STEP * week
+        new.append(fetch(server, days=150).new_bars)
+    assert new == [900, 42, 42, 42]
+    same(fetch(server, days=171, offline=True).candles, server.finished(171))
+
+
 def test_bitbank_is_asked_for_one_file_a_year(start, fetch):
     server = start("bitbank")
     same(fetch(server, days=199).candles, server.finished(199))
@@ -312,6 +322,14 @@ def test_a_fault_that_passes_is_asked_again_and_changes_nothing(kind, name, star
     server.faults.append(OWN.get((kind, name)) or PASSING[name])
     same(fetch(server, days=90).candles, server.finished(90))
     assert fetch.waits == [1.0] and "attempt 2 of 6" in fetch.lines[0]
+
+
+def test_a_blank_line_before_the_json_is_no_fault(start, fetch):
+    server = start("binance")
+    rows = [[m, *map(str, row), m + STEP - 1, "1.0", 7, "1.0", "1.0", "0"] for m, row in server.visible()[-190:]]
+    server.faults.append(reply(200, b"\r\n " + json.dumps(rows).encode()))
+    same(fetch(server, days=30).candles, server.finished(30))
+    assert fetch.waits == [] and len(server.candle_requests) == 1
 
 
 def test_a_time_out_is_asked_again(start, fetch):
@@ -533,7 +551,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_what_exchanges_are_known_for_is_borne(name, start, fetch):
+def test_known_deviations_of_exchanges_are_handled(name, start, fetch):
     server = start("bitbank")
     client = Odd(server, ODD[name])
     history = fetch(server, days=190 if "window" not in name else 2000, client=client, place="odd:A/B:4h")
@@ -662,7 +680,11 @@ def test_a_crash_between_write_and_rename_leaves_the_old_cache(start, fetch):
     server.now -= 50 * STEP
     old = fetch(server, days=90).candles
     server.now += 50 * STEP
-    killed = process(server, fetch.folder, before="os.replace = lambda *paths: os._exit(9)")
+    revised = int(old.index[-3].value) // 10**6
+    server.rows[revised][4] += 1.5
+    killed = process(server, fetch.folder, before="""
+rename = os.replace
+os.replace = lambda old, new: os._exit(9) if "candles" in str(new) else rename(old, new)""")
     killed.communicate(timeout=60)
     assert killed.returncode == 9
     assert [path.suffix for path in fetch.folder.rglob(".candles*")] == [".tmp"]           # what it had written
@@ -670,6 +692,7 @@ def test_a_crash_between_write_and_rename_leaves_the_old_cache(start, fetch):
     history = fetch(server, days=90)
     same(history.candles, server.finished(90))
     assert history.new_bars == 50 and not list(fetch.folder.rglob("*.tmp"))
+    assert len(history.revisions) == 1                       # written before the crash, and not once more after it
 
 
 def test_a_market_that_another_process_holds_is_a_named_error(start, fetch):
