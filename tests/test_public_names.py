@@ -56,6 +56,10 @@ PUBLIC = {
         permutation_importance plot_confusion plot_folds plot_importance plot_reliability plot_roc_pr
         plot_skill_over_time row_metrics
     """,
+    "exchange": """
+        CandleCacheError ExchangeAccessError ExchangeDataError ExchangeHistory ExchangeUnavailableError
+        MarketNotFoundError cache_folder exchange_client fetch_candles
+    """,
     "feature_manager": """
         ATR FEATURE_NAMES Feature FeatureManager FeatureStream INDICATOR_VERSION INPUT_NAMES check_order_file
         input_names model_inputs_of scale_free scale_free_row
