@@ -295,14 +295,19 @@ def predict(
     count, unfinished = closed_bars(model, candles.index.as_unit("ns").asi8)
     features = manager.generate_features(candles.iloc[:count]).iloc[-rows:]
     decisions = [model.predict_one(row, time=time) for time, row in zip(features.index, features.to_numpy())]
-    notes = [note for note in (unfinished and f"{unfinished}; it was left out", _stale(candles.index[count - 1],
-             settings.production.max_age_days)) if note]
-    _show_predictions(model, candles.loc[features.index], decisions, notes, as_json)
+    notes = (unfinished and f"{unfinished}; it was left out",
+             _stale(candles.index[count - 1], settings.production.max_age_days), _in_sample(model, features.index))
+    _show_predictions(model, candles.loc[features.index], decisions, [note for note in notes if note], as_json)
 
 def _stale(newest, limit: float) -> str:
     "Note that the newest bar is older than the age limit of a model; empty if it is not."
     days = (utc_now() - newest).total_seconds() / 86_400
     return f"the newest bar is {days:.1f} days old ({newest:%Y-%m-%d %H:%M})" if days > limit else ""
+def _in_sample(model, times) -> str:
+    "Note on bars that the version may have been trained on; empty if all are newer than its newest training bar."
+    newest = model.get_model_info()["newest_bar"]
+    count = 0 if newest is None else int((times <= newest).sum())
+    return f"{count} of {len(times)} bars are not newer than the newest training bar ({newest})" if count else ""
 
 # %% ../nbs/53_cli.ipynb #9ee48269
 def _show_predictions(model, candles, decisions: list, notes: list[str], as_json: bool) -> None:

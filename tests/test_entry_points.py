@@ -292,6 +292,7 @@ def test_predict_refuses_bars_of_the_future(predict):
 def test_predict_marks_bars_as_the_stream_does_and_names_old_ones(predict):
     _, answer = predict(market(end="2020-05-01"), "--rows", "1", "--json")
     assert "days old (2020-05-01 00:00)" in answer["notes"][0]
+    assert "1 of 1 bars are not newer than the newest training bar" in answer["notes"][1]
     assert answer["predictions"][0]["reason"] == "" and answer["predictions"][0]["probabilities"]["1"] is not None
     store = ModelStore()
     facts = store.current()
