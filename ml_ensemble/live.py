@@ -228,6 +228,7 @@ class LiveStream:
     """The bars of one market: feature stream, lock, and the time of the newest bar."""
 
     newest: int | None    # time of the newest bar, nanoseconds since 1970; None if bars have no times
+    clock_ns: int         # newest reading of the clock, nanoseconds since 1970
 
     def __init__(self, manager: FeatureManager, expected_interval: int = 0, history=None):
         self.manager, self.lock, self.expected_interval = manager, ForkLock(), expected_interval
@@ -241,12 +242,17 @@ class LiveStream:
     def reset(self) -> None:
         "Return to the state before the first bar."
         self.stream, self.bars, self.interval = self.manager.stream(), 0, self.expected_interval
-        self.newest = None
+        self.newest, self.clock_ns = None, 0
 
-    @property
-    def bar_length(self) -> int:
-        "Nanoseconds from the start of a bar to its close; 0 if unknown, or if the market closes."
-        return self.interval if self.manager.calendar == "continuous" else 0
+    def check_closed(self, time: int, clock: Callable[[], datetime]) -> None:
+        "TimestampError for a bar that has not closed; the clock is read only if its last reading does not decide."
+        length = self.interval if self.manager.calendar == "continuous" else 0
+        if time + length <= self.clock_ns:
+            return
+        now = clock()
+        self.clock_ns = time_ns(now)
+        if reason := unfinished_bar(time, length, now):
+            raise TimestampError(reason, "Pass a bar after its close; check the clock of this machine.")
 
     def step(self, bar: tuple, time: int | None) -> tuple[list[float], int]:
         "Features of a new bar, and the number of bars so far. A bar that breaks a rule does not change the stream."
@@ -298,9 +304,14 @@ def bar_interval_ns(loaded: LoadedModel) -> int:
 def decide_bar(live: ServingState, bar: tuple, time, clock: Callable[[], datetime]) -> Decision:
     "Process one bar and decide; see `ProductionEnsemble.decide`."
     moment = None if time is None else time_ns(time)
-    if moment is not None and (reason := unfinished_bar(moment, live.feed.bar_length, clock())):
-        raise TimestampError(reason, "Pass a bar after its close; check the clock of this machine.")
-    values, bars = live.feed.step(plain_numbers(bar), moment)
+    if moment is not None:
+        live.feed.check_closed(moment, clock)
+    try:
+        values, bars = live.feed.step(bar, moment)
+    except ColumnTypeError:                  # numbers as text are converted only if there are any: no cost for floats
+        if not any(isinstance(value, str) for value in bar):
+            raise
+        values, bars = live.feed.step(plain_numbers(bar), moment)
     return _decide_row(live.loaded, values, _age_reason(live.loaded, moment, clock),
                       lambda: f"warm-up: {bars} of {live.loaded.manager.warmup} bars")
 
