@@ -464,3 +464,15 @@ def test_papermill_itself_gets_a_named_error_for_a_wrong_parameter(tmp_path, wor
                           env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode != 0 and told in done.stderr
     assert not (tmp_path / "models").exists()
+
+
+def test_a_report_that_cannot_be_rendered_does_not_stop_a_run(tmp_path, monkeypatch):
+    def broken(**options):
+        raise ValueError("no template")
+    monkeypatch.setattr("nbconvert.HTMLExporter", broken)
+    page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 + 1")])
+    page.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(page, tmp_path / "page.ipynb")
+    with pytest.warns(RuntimeWarning, match="could not be converted to HTML .ValueError: no template"):
+        execute(tmp_path / "page.ipynb", tmp_path / "report.ipynb", {}, False, False)
+    assert (tmp_path / "report.ipynb").exists()
