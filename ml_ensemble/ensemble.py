@@ -574,7 +574,7 @@ def closed_bars(ensemble: ProductionEnsemble, times: np.ndarray) -> tuple[int, s
     """
     loaded = ensemble._state.loaded
     check_bars(loaded, times)
-    length = bar_interval_ns(loaded) or bar_interval(times) if loaded.manager.calendar == "continuous" else 0
+    length = (bar_interval(times) or bar_interval_ns(loaded)) if loaded.manager.calendar == "continuous" else 0
     return split_unfinished(times, length, ensemble._clock())
 
 # %% ../nbs/15_ensemble.ipynb #a1c05e32

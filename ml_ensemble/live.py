@@ -318,7 +318,7 @@ def decide_bar(live: ServingState, bar: tuple, time, clock: Callable[[], datetim
 def warm_stream(loaded: LoadedModel, history, now: datetime) -> LiveStream:
     "A stream after a history; a newest bar that has not closed is dropped with a warning. See `read_history`."
     times = ohlcv_columns(history)["time"]
-    length = bar_interval_ns(loaded) or bar_interval(times) if loaded.manager.calendar == "continuous" else 0
+    length = (bar_interval(times) or bar_interval_ns(loaded)) if loaded.manager.calendar == "continuous" else 0
     closed, message = split_unfinished(times, max(length, 0), now) if len(times) else (0, "")
     if message:
         warn(f"{message}; the history ends before it", RuntimeWarning, stacklevel=4)

@@ -201,6 +201,13 @@ def test_the_running_bar_is_dropped_from_a_history_and_refused_by_decide_until_i
     assert not model.decide(*candles.iloc[-1], time="2024-06-03 12:00").reason
 
 
+def test_bars_of_another_length_up_to_now_are_refused_for_their_length():
+    hourly = market(end="2024-06-03 13:00", step=pd.Timedelta("1h"))
+    for history in (hourly, rows_of(hourly)):
+        with pytest.raises(GapError, match="60 minutes apart, those of the training data 240"):
+            by_hand().warm_up(history)
+
+
 def test_bars_of_the_future_are_refused():
     for later in ("2024-06-03 20:00", "2025-07-08 12:00"):
         with pytest.raises(TimestampError, match="has not closed"):
