@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-from .core import ConfigError, MissingExtraError, MLEnsembleError, readable_json, requires_extra
+from .core import ConfigError, MissingExtraError, MLEnsembleError, readable_json, requires_extra, utc_now
 
 with requires_extra():
     import typer
@@ -68,6 +68,11 @@ def run_command(as_json: bool) -> int:
         return _fail(MLEnsembleError(f"{type(error).__name__}: {error}", again), as_json)
     except typer.TyperException as error:
         return _fail(ConfigError(error.format_message(), "See `ml-ensemble --help`."), as_json)
+    except Exception as error:
+        if sys.flags.dev_mode:
+            raise
+        return _fail(MLEnsembleError(f"{type(error).__name__}: {error}", f"{again} `python -X dev -m ml_ensemble.cli` "
+                                     "with the same arguments shows where it happened."), as_json)
     if code == _INTERRUPTED:
         _fail(MLEnsembleError("interrupted", again), as_json)
     return code
@@ -81,6 +86,7 @@ def retrain_command(
         "--require-promotion", help="Exit with code 3 if the gate refuses the candidate.")] = False,
     accept_change: Annotated[bool, typer.Option(
         "--accept-change", help="Allow a promotion if labels, features or market differ from production.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Train also without new bars and with the same settings.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the output of the notebook.")] = False,
     as_json: _Json = False,
 ):
@@ -92,12 +98,13 @@ def retrain_command(
         _log_to_stderr()
     if not as_json:
         Console(stderr=True).print("Retraining: about a minute on two cores ...")
-    outcome = retraining.retrain(source, days, tuple(set_ or ()), verbose=verbose, accept_change=accept_change)
+    outcome = retraining.retrain(source, days, tuple(set_ or ()), verbose=verbose, accept_change=accept_change,
+                                 force=force)
     if as_json:
         print(readable_json(outcome.to_dict()), end="")
     else:
         _show_outcome(outcome)
-    if require_promotion and not outcome.promoted:
+    if require_promotion and not outcome.promoted and outcome.reason != retraining.NO_NEW_BARS:
         raise typer.Exit(3)
 
 # %% ../nbs/53_cli.ipynb #04990c56
@@ -119,6 +126,11 @@ def _verdict_table(verdict, title: str) -> Table:
 def _show_outcome(outcome) -> None:
     "Print verdict, version, metrics and report path."
     out, figures = _console(), outcome.metadata["metrics"]
+    if outcome.reason == "no new bars":
+        out.print(f"[bold yellow]No new bars.[/] Version {outcome.current} was trained on the newest one "
+                  f"({outcome.metadata['data']['to'][:16]}) with the same settings and stays in production. "
+                  "Check that the source is updated; --force trains all the same.", soft_wrap=True)
+        return
     low, high = figures["intervals"]["skill"]
     out.print(_verdict_table(outcome.verdict, f"Gate: {outcome.verdict.outcome.upper()}"))
     if outcome.promoted:
@@ -271,36 +283,54 @@ def predict(
     version: Annotated[str | None, typer.Option(help="A version. Default: the one in production.")] = None,
     as_json: _Json = False,
 ):
-    "Probabilities and decisions for the newest bars of a source."
+    "Probabilities and decisions for the newest closed bars of a source."
     from ml_ensemble.config import load_settings
     from ml_ensemble.recipe import feature_manager
-    from ml_ensemble.ensemble import ProductionEnsemble
+    from ml_ensemble.ensemble import ProductionEnsemble, closed_bars
     from ml_ensemble.retraining import get_market, run_overrides
     settings = load_settings(["data.min_bars=100", *(set_ or ()), *run_overrides(source, days)])
     manager = feature_manager(settings)
     model = ProductionEnsemble(version, features=manager)
     candles = get_market(settings).candles
-    features = manager.generate_features(candles).iloc[-rows:]
-    proba, decisions = model.predict_proba(features), model.predict(features)
-    _show_predictions(model, candles.loc[features.index], proba, decisions, as_json)
+    count, unfinished = closed_bars(model, candles.index.as_unit("ns").asi8)
+    features = manager.generate_features(candles.iloc[:count]).iloc[-rows:]
+    decisions = [model.predict_one(row, time=time) for time, row in zip(features.index, features.to_numpy())]
+    notes = (unfinished and f"{unfinished}; it was left out",
+             _stale(candles.index[count - 1], settings.production.max_age_days), _in_sample(model, features.index))
+    _show_predictions(model, candles.loc[features.index], decisions, [note for note in notes if note], as_json)
+
+def _stale(newest, limit: float) -> str:
+    "Note that the newest bar is older than the age limit of a model; empty if it is not."
+    days = (utc_now() - newest).total_seconds() / 86_400
+    return f"the newest bar is {days:.1f} days old ({newest:%Y-%m-%d %H:%M})" if days > limit else ""
+def _in_sample(model, times) -> str:
+    "Note on bars that the version may have been trained on; empty if all are newer than its newest training bar."
+    newest = model.get_model_info()["newest_bar"]
+    count = 0 if newest is None else int((times <= newest).sum())
+    return f"{count} of {len(times)} bars are not newer than the newest training bar ({newest})" if count else ""
 
 # %% ../nbs/53_cli.ipynb #9ee48269
-def _show_predictions(model, candles, proba, decisions, as_json: bool) -> None:
-    "Print bars with their probabilities and decisions."
-    names, info = {-1: "sell", 0: "hold", 1: "buy"}, model.get_model_info()
-    table = Table("time", "close", *(f"p({names[c]})" for c in info["classes"]), "decision",
+def _show_predictions(model, candles, decisions: list, notes: list[str], as_json: bool) -> None:
+    "Print bars with their probabilities, decisions and reasons for an abstention, and then the notes."
+    number, info = {"sell": -1, "hold": 0, "buy": 1}, model.get_model_info()
+    words = {value: word for word, value in number.items()}
+    table = Table("time", "close", *(f"p({words[c]})" for c in info["classes"]), "decision", "reason",
                   title=f"Version {info['version']}", title_justify="left")
     rows = []
-    for time, close, p, decision in zip(candles.index, candles["close"], proba, decisions):
-        p = [None if value != value else round(float(value), 6) for value in p]
+    for time, close, decision in zip(candles.index, candles["close"], decisions):
+        p = [None if value != value else round(value, 6) for value in decision.probabilities]
         rows.append({"time": time.isoformat(), "close": float(close),
-                     "probabilities": dict(zip(map(str, info["classes"]), p)), "decision": int(decision)})
+                     "probabilities": dict(zip(map(str, info["classes"]), p)),
+                     "decision": number[decision.decision], "reason": decision.reason})
         shown = ("–" if value is None else f"{value:.3f}" for value in p)
-        table.add_row(f"{time:%Y-%m-%d %H:%M}", f"{close:,.10g}", *shown, names[int(decision)])
+        table.add_row(f"{time:%Y-%m-%d %H:%M}", f"{close:,.10g}", *shown, decision.decision, escape(decision.reason))
     if as_json:
-        print(readable_json({"version": info["version"], "predictions": rows}), end="")
-    else:
-        _console().print(table)
+        print(readable_json({"version": info["version"], "newest_training_bar": info["newest_bar"], "notes": notes,
+                             "predictions": rows}), end="")
+        return
+    _console().print(table)
+    for note in notes:
+        _console().print(f"[yellow]Note:[/] {escape(note)}.", soft_wrap=True)
 
 # %% ../nbs/53_cli.ipynb #b1e00021
 @app.command()

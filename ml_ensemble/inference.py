@@ -4,24 +4,27 @@
 
 # %% auto #0
 __all__ = ['EPOCH', 'DAY_NS', 'ForkLock', 'make_session', 'Graph', 'BatchGraph', 'LoadedModel', 'open_payload', 'time_ns',
-           'training_range', 'range_limits', 'range_violation', 'calibrate', 'run_graph', 'predict_row', 'single_row',
-           'warmup_reason', 'predict_proba', 'decide_rows']
+           'plain_numbers', 'training_range', 'in_limits', 'range_limits', 'range_violation', 'calibrate', 'run_graph',
+           'predict_row', 'single_row', 'warmup_reason', 'predict_proba', 'decide_rows']
 
 # %% ../nbs/13_inference.ipynb #2eb79aa9
 import math
 import os
+import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from decimal import Decimal
+from numbers import Real
 from weakref import WeakSet
 
 import numpy as np
 
 from .candles import CALENDARS, MISSING_TIME, NO_NUMBERS
 from .compiled_trees import SplitGraph, split_graph
-from .core import (FeatureError, InfiniteValueError, IntegrityError, MissingValueError, TimestampError,
-                              in_threads, n_threads)
+from .core import (ColumnTypeError, FeatureError, InfiniteValueError, IntegrityError, MissingValueError,
+                              TimestampError, in_threads, n_threads)
 from .feature_manager import FeatureManager, scale_free, scale_free_row
 from .indicators import COMPILE_FROM
 from .model_file import CANARY_TOLERANCE, check_definition
@@ -157,20 +160,94 @@ def _as_utc(moment: datetime) -> datetime:
     "The moment with a zone; one without is UTC."
     return moment.replace(tzinfo=timezone.utc) if moment.tzinfo is None else moment
 
+def _datetime_ns(time: datetime) -> int:
+    "A datetime in nanoseconds; of a pandas Timestamp, all of them."
+    try:
+        if type(exact := getattr(time, "value", None)) is int:
+            return exact
+    except OverflowError:               # a Timestamp in seconds, out of the range of nanoseconds
+        pass
+    passed = _as_utc(time) - EPOCH
+    return (passed.days * 86_400 + passed.seconds) * 10**9 + passed.microseconds * 1000
+
+def _datetime64_ns(time: np.datetime64) -> int:
+    "A numpy time in nanoseconds; numpy itself would wrap around outside the years 1677 to 2262."
+    if np.isnat(time):
+        return MISSING_TIME
+    day = int(time.astype("datetime64[D]").astype(np.int64))
+    return int(time.astype("datetime64[ns]").astype(np.int64)) if abs(day) < _MAX_DAYS else day * DAY_NS
+
+_MAX_DAYS = 2**63 // DAY_NS
+
+# %% ../nbs/13_inference.ipynb #13a0b001
+_EPOCH_UNITS = ((10**8, 10**11, 10**9), (10**11, 10**14, 10**6), (10**14, 10**17, 10**3), (10**17, 2**63, 1))
+_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
+_EXCESS_DIGITS = re.compile(r"[.,]\d{6}(\d{1,3})")      # nanoseconds, which datetime does not keep
+
+def _epoch_ns(time) -> int:
+    "A number since 1970 in nanoseconds; its size determines the unit."
+    for low, high, factor in _EPOCH_UNITS:
+        if low <= time < high:
+            whole = int(time // 1)
+            return whole * factor + round((time - whole) * factor)
+    raise _time_error(time)
+
+def _text_ns(time: str) -> int:
+    "ISO 8601 text, or a number as text, in nanoseconds."
+    if _NUMBER.fullmatch(time):
+        return _epoch_ns(Decimal(time.strip()))
+    text = re.sub(r" ?(UTC|GMT)$", "Z", time.strip())
+    try:
+        moment = datetime.fromisoformat(text + "-01" if re.fullmatch(r"\d{4}-\d{2}", text) else text)
+    except ValueError:
+        raise _time_error(time) from None
+    excess = _EXCESS_DIGITS.search(text)
+    return _datetime_ns(moment) + (int(excess[1].ljust(3, "0")) if excess else 0)
+
+def _time_error(time) -> TimestampError:
+    value = time.item() if isinstance(time, np.generic) else time
+    return TimestampError(f"the time {value!r} cannot be read"[:200], "Use ISO 8601 text such as 2024-01-31T04:00:00Z, "
+                          "or s, ms, us or ns since 1970 (March 1973 at the earliest).")
+
+# %% ../nbs/13_inference.ipynb #13a0b002
 def time_ns(time) -> int:
-    "A datetime, pandas Timestamp or numpy datetime64 in nanoseconds since 1970, UTC."
+    """A time of any accepted form in nanoseconds since 1970, UTC.
+
+    Parameters
+    ----------
+    time : datetime, pandas.Timestamp, numpy.datetime64, str, int, float or decimal.Decimal
+        Text is ISO 8601, or a number. A number is s, ms, us or ns since 1970, by its size.
+
+    Returns
+    -------
+    int
+        Within the years 1677 to 2262.
+
+    Raises
+    ------
+    TimestampError
+        `time` is of another type, missing (NaT, NaN), cannot be read, or is outside these years.
+
+    Examples
+    --------
+    >>> time_ns("2024-01-02T12:00+09:00"), time_ns(1704164400), time_ns("1704164400000")
+    (1704164400000000000, 1704164400000000000, 1704164400000000000)
+    """
     if isinstance(time, datetime):
-        if type(exact := getattr(time, "value", None)) is int:       # pandas, which keeps nanoseconds
-            found = exact
-        else:
-            passed = _as_utc(time) - EPOCH
-            found = (passed.days * 86_400 + passed.seconds) * 10**9 + passed.microseconds * 1000
+        found = _datetime_ns(time)
     elif isinstance(time, np.datetime64):
-        found = int(time.astype("datetime64[ns]").astype(np.int64))
+        found = _datetime64_ns(time)
+    elif isinstance(time, str):
+        found = _text_ns(time)
+    elif isinstance(time, Real | Decimal) and not isinstance(time, bool):
+        found = _epoch_ns(time) if math.isfinite(time) else MISSING_TIME
     else:
-        raise TimestampError(f"the time is a {type(time).__name__}", "Give a datetime, a Timestamp or a datetime64.")
+        raise TimestampError(f"the time is a {type(time).__name__}",
+                             "Pass ISO 8601 text, a number since 1970, a datetime, a Timestamp or a datetime64.")
     if found == MISSING_TIME:
-        raise TimestampError("the time is missing (NaT)", "Give the time of the bar, or leave it out.")
+        raise TimestampError("the time is missing (NaT)", "Pass the time of the bar, or omit it.")
+    if not -2**63 < found < 2**63:
+        raise TimestampError(f"the time {time!s} is outside the years 1677 to 2262", "Repair the source.")
     return found
 
 def _parse_metadata_time(text, name: str, convert: Callable) -> tuple:
@@ -182,13 +259,61 @@ def _parse_metadata_time(text, name: str, convert: Callable) -> tuple:
     except (TypeError, ValueError):
         return None, f"cannot determine model age: metadata field {name} is not a valid time"
 
+# %% ../nbs/13_inference.ipynb #13a0b004
+def plain_numbers(values: Sequence) -> tuple:
+    """The values of a bar, with text converted to floats; values of other types are returned as they are.
+
+    Parameters
+    ----------
+    values : sequence
+        Numbers, or text of digits with a decimal point.
+
+    Returns
+    -------
+    tuple
+
+    Raises
+    ------
+    ColumnTypeError
+        A text is not a plain number.
+
+    Examples
+    --------
+    >>> plain_numbers(("42283.58", 42300.0, "4.2e4"))
+    (42283.58, 42300.0, 42000.0)
+    """
+    return tuple(_as_number(value) if isinstance(value, str) else value for value in values)
+
+def _as_number(text: str) -> float:
+    if not _NUMBER.fullmatch(text):
+        raise ColumnTypeError(f"the text {text!r} is not a number"[:200], "Pass digits with a decimal point, or a number.")
+    return float(text)
+
 # %% ../nbs/13_inference.ipynb #a1c05e12
 _RANGE_RTOL = 1e-9
+_MAX_DEVIATIONS = 50    # robust standard deviations from the median; a bar further away does not widen the range
+
+def _within_deviations(inputs: np.ndarray) -> np.ndarray:
+    "(N, 12 + K) bool mask of the values that are not further than `_MAX_DEVIATIONS` from the median of their column."
+    distance = np.abs(inputs - np.median(inputs, axis=0))
+    deviation = np.median(distance, axis=0)
+    for column in np.flatnonzero(deviation == 0):
+        if (others := distance[:, column] > 0).any():
+            deviation[column] = np.median(distance[others, column])
+    return distance <= _MAX_DEVIATIONS * 1.4826 * deviation
 
 def training_range(inputs: np.ndarray, margin: float) -> dict:
-    "The range of the columns of model inputs (N, 12 + K), as stored in the artefact."
-    return {"low": inputs.min(axis=0).tolist(), "high": inputs.max(axis=0).tolist(), "margin": float(margin)}
+    "The range of the columns of model inputs (N, 12 + K) without extreme outliers, as stored in the artefact."
+    ordinary = _within_deviations(inputs)
+    return {"low": np.where(ordinary, inputs, np.inf).min(axis=0).tolist(),
+            "high": np.where(ordinary, inputs, -np.inf).max(axis=0).tolist(), "margin": float(margin)}
 
+def in_limits(inputs: np.ndarray, limits: Sequence[tuple[float, float]]) -> np.ndarray:
+    "(N,) bool mask of the rows of model inputs with all columns within their limits; NaN is in no limits."
+    low, high = np.array(limits).T
+    return ((inputs >= low) & (inputs <= high)).all(axis=1)
+
+# %% ../nbs/13_inference.ipynb #13a0b007
 def range_limits(known: dict) -> tuple[tuple[float, float], ...]:
     "Minimum and maximum of each column that gets a prediction."
     limits = []
@@ -226,12 +351,12 @@ def run_graph(loaded: LoadedModel, graph: Graph | BatchGraph, inputs: np.ndarray
 # %% ../nbs/13_inference.ipynb #a1c05e18
 def _fill_probabilities(loaded: LoadedModel, rows: np.ndarray, proba: np.ndarray, threads: int) -> None:
     "Write the probabilities of feature rows into `proba` (N, K); rows with NaN, or out of range, are left as they are."
-    (low, high), graph = np.array(loaded.limits).T, loaded.graph.for_rows(len(rows))
+    graph = loaded.graph.for_rows(len(rows))
 
     def work(start: int) -> None:
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             inputs = scale_free(rows[start:start + _CHUNK_ROWS])
-            inside = ((inputs >= low) & (inputs <= high)).all(axis=1)      # no comparison holds for NaN
+            inside = in_limits(inputs, loaded.limits)
         if inside.any():
             proba[start:start + _CHUNK_ROWS][inside] = run_graph(loaded, graph, inputs[inside].astype(np.float32))
 

@@ -9,7 +9,7 @@ __all__ = ['send_alert', 'HealthCheck', 'Diagnosis', 'diagnose', 'version_table'
 import os
 import shutil
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from warnings import catch_warnings, simplefilter, warn
 
 import numpy as np
@@ -103,11 +103,16 @@ def _check_production(store: ModelStore, settings: Settings | None) -> tuple[Hea
 
 # %% ../nbs/50_monitoring.ipynb #bd355cb3
 def _check_age(info: dict, settings: Settings, now: datetime) -> HealthCheck:
-    "Check the number of days since the version was trained."
-    days = (now - datetime.fromisoformat(info["created_at"])).total_seconds() / 86400
+    "Check the number of days since the newest training bar; without one in the metadata, since the training."
+    trained = (now - datetime.fromisoformat(info["created_at"])) / timedelta(days=1)
+    days, seen = trained, f"{trained:.1f} days since training"
+    if (info["data"] or {}).get("to"):
+        days = (now - datetime.fromisoformat(info["newest_bar"])) / timedelta(days=1)
+        seen = f"{days:.1f} days since the newest training bar ({info['newest_bar'][:16]}), trained {trained:.1f} days ago"
     limit = settings.production.max_age_days
-    seen = f"{days:.1f} days since training, the limit is {limit:g}"
-    return HealthCheck("age", "ok", seen) if days <= limit else HealthCheck("age", "fault", seen, "Run `ml-ensemble retrain`.")
+    seen = f"{seen}, the limit is {limit:g}"
+    return HealthCheck("age", "ok", seen) if days <= limit else HealthCheck(
+        "age", "fault", seen, "Run `ml-ensemble retrain` with candles up to now.")
 
 def _check_figures(info: dict, settings: Settings) -> HealthCheck:
     "Check the out-of-sample F1 in the metadata of the version against the floor."
@@ -130,10 +135,13 @@ def _check_facts(info: dict, settings: Settings, now: datetime) -> list[HealthCh
 
 def _check_verdict(store: ModelStore) -> HealthCheck:
     "Check the result of the last run."
-    runs = [event for event in store.history() if event["kind"] in ("promotion", "refusal", "failure")]
+    runs = [event for event in store.history() if event["kind"] in ("promotion", "refusal", "failure", "no_new_bars")]
     if not runs:
         return HealthCheck("last run", "warning", "no recorded run", "Run `ml-ensemble retrain`.")
     last = runs[-1]
+    if last["kind"] == "no_new_bars":
+        return HealthCheck("last run", "warning", f"{last['reason']} (on {last['at'][:10]})",
+                           "Check that the source of the candles is updated, then run `ml-ensemble retrain`.")
     seen = f"{last['kind']} on {last['at'][:10]}" + (f": {last['reason']}" if last.get("reason") else "")
     return HealthCheck("last run", "ok", seen) if last["kind"] == "promotion" else HealthCheck(
         "last run", "warning", seen, "Read its report in models/reports/; the previous version stays in production.")
@@ -164,15 +172,16 @@ def diagnose(store: ModelStore | None = None) -> Diagnosis:
 
 # %% ../nbs/50_monitoring.ipynb #c9cd9144
 def version_table(store: ModelStore) -> pd.DataFrame:
-    "Archived versions, oldest first: training date, data source, skill with its 95 % interval, weighted F1."
+    "Archived versions, oldest first: training date, newest bar, source, skill with its 95 % interval, weighted F1."
     rows = []
     for version in store.versions():
         facts = read_metadata(archived(store, version)[1])
         figures, (low, high) = facts["metrics"]["metrics"], facts["metrics"]["intervals"]["skill"]
-        rows.append({"version": version, "trained": facts["created_at"][:10], "source": facts["data"]["source"],
+        rows.append({"version": version, "trained": facts["created_at"][:10],
+                     "newest_bar": facts["data"]["to"][:10], "source": facts["data"]["source"],
                      "skill": figures["skill"], "skill_low": low, "skill_high": high,
                      "weighted_f1": figures["weighted_f1"]})
-    columns = ["version", "trained", "source", "skill", "skill_low", "skill_high", "weighted_f1"]
+    columns = ["version", "trained", "newest_bar", "source", "skill", "skill_low", "skill_high", "weighted_f1"]
     return pd.DataFrame(rows, columns=columns).set_index("version")
 
 def plot_versions(versions: pd.DataFrame):

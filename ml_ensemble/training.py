@@ -18,7 +18,7 @@ from .base_learners import Fitting, encode, fit_learner, predict_learner
 from .core import IntegrityError, in_threads
 from .ensemble import ProductionEnsemble, metadata_beside, restore_ensemble
 from .feature_manager import input_names, scale_free
-from .inference import calibrate, training_range
+from .inference import calibrate, in_limits, range_limits, training_range
 from .model_file import FORMAT
 from .tree_graph import to_onnx
 from .walk_forward import TrainingSet, weighted_mean
@@ -47,22 +47,25 @@ def make_ensemble(data: TrainingSet, learners: dict, weights: dict, decision_thr
                   calibration: dict = _NO_CALIBRATION, max_age_days: float = 14.0,
                   range_margin: float = 1.0) -> ProductionEnsemble:
     "Convert fitted learners to the production artefact, with canary rows from the whole history."
-    rows = np.linspace(0, len(data) - 1, 16).astype(int)
+    known = training_range(scale_free(data.features), range_margin)
+    predicted = np.flatnonzero(in_limits(scale_free(data.features), range_limits(known)))
+    rows = predicted[np.linspace(0, len(predicted) - 1, 16).astype(int)]
     expected = trained_proba(learners, data.inputs[rows], weights, calibration)
     return restore_ensemble({
         "format": FORMAT, "model": to_onnx(learners, weights, len(data.classes), data.inputs.shape[1]),
         "features": data.manager.get_feature_names(), "fingerprint": data.manager.fingerprint,
         "view": input_names(data.manager), "classes": list(data.classes),
         "weights": dict(weights), "calibration": calibration, "decision_threshold": float(decision_threshold),
-        "max_age_days": float(max_age_days), "range": training_range(scale_free(data.features), range_margin),
+        "max_age_days": float(max_age_days), "range": known,
         "canary": {"features": data.features.to_numpy()[rows].tolist(), "probabilities": expected.tolist()}},
         features=data.manager)
 
 def parity_error(ensemble: ProductionEnsemble, data: TrainingSet, learners: dict, weights: dict, *,
                  calibration: dict = _NO_CALIBRATION) -> float:
-    "Largest difference in probability between artefact and trained learners over all training rows."
-    trained = trained_proba(learners, data.inputs, weights, calibration)
-    return float(np.abs(ensemble.predict_proba(data.features) - trained).max())
+    "Largest difference in probability between artefact and trained learners over all training rows in range."
+    trained, found = trained_proba(learners, data.inputs, weights, calibration), ensemble.predict_proba(data.features)
+    predicted = ~np.isnan(found[:, 0])
+    return float(np.abs(found[predicted] - trained[predicted]).max())
 
 # %% ../nbs/38_training.ipynb #092713cd
 _PROBE = """

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,6 +60,12 @@ def test_a_refused_retrain_ends_with_3_where_a_promotion_is_required(trained_cop
 
 @pytest.mark.slow
 def test_check_history_and_backup_of_a_store(call, trained_copy):
+    path = trained_copy.production / "production_model_metadata.json"
+    facts = json.loads(path.read_text())
+    old = call("check", "--json", models=trained_copy.root)
+    assert old.returncode == 1 and "days since the newest training bar" in old.stdout      # the bars end years ago
+    facts["data"]["to"] = (datetime.now(timezone.utc) - timedelta(hours=4)).isoformat()
+    path.write_text(json.dumps(facts))
     check = call("check", "--json", models=trained_copy.root)
     assert check.returncode == 0, check.stdout
     parts = {finding["part"] for finding in json.loads(check.stdout)["findings"]}
@@ -153,3 +160,12 @@ def test_an_interrupted_retrain_says_so_records_it_and_leaves_production(tmp_pat
     events = [json.loads(line) for line in (tmp_path / "models/archive/history.jsonl").read_text().splitlines()]
     assert [event["kind"] for event in events] == ["failure"] and "interrupted" in events[0]["reason"]
     assert not list((tmp_path / "models" / ".staging").iterdir()) and not (tmp_path / "models/production").exists()
+
+
+def test_an_unexpected_error_is_text_or_json_and_no_traceback(call, monkeypatch):
+    def broken(self):
+        raise KeyError("surprise")
+    monkeypatch.setattr(ModelStore, "history", broken)
+    done = call("history", "--json")
+    assert done.returncode == 1 and json.loads(done.stdout)["problem"] == "KeyError: 'surprise'"
+    assert "Traceback" not in call("history").stderr and "-X dev" in call("history").stderr

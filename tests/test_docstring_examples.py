@@ -60,7 +60,12 @@ FRONT_DOORS = (
     ("ensemble", "ProductionEnsemble.get_model_info"),
     ("ensemble", "ProductionEnsemble.get_feature_names"),
     ("ensemble", "ProductionEnsemble.to_bytes"),
+    ("ensemble", "closed_bars"),
+    ("inference", "time_ns"),
+    ("inference", "plain_numbers"),
+    ("live", "unfinished_bar"),
     ("market_data", "load_candles"),
+    ("retraining", "retrain"),
     *(("labels", name) for name in (
         "next_returns", "forward_return_labels", "triple_barrier_labels", "average_uniqueness", "make_labels")),
     *(("validation", name) for name in (

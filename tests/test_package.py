@@ -123,6 +123,28 @@ print(json.dumps([ml_ensemble.__file__, answers[-1].decision, answers[-1].probab
     assert list(bare.here.iterdir()) == []
 
 
+def test_a_bot_of_numpy_and_onnxruntime_warms_up_from_ccxt_rows_and_decides_below_95_mb(bare):
+    seen = bare.python("""
+import json, math, random, re, resource, sys
+from datetime import datetime, timezone
+from ml_ensemble import ProductionEnsemble
+step, start, draw = 4 * 3600 * 1000, 1735689600000, random.Random(0)
+close = [100 * math.exp(0.01 * draw.gauss(0, 1)) for _ in range(3000)]
+rows = [[start + k * step, str(c), c, c, str(c), 5.0] for k, c in enumerate(close)]
+model = ProductionEnsemble(clock=lambda: datetime(2026, 6, 1, tzinfo=timezone.utc))
+model.warm_up(rows[:2000])
+decisions = [model.decide(*bar, time=time) for time, *bar in rows[2000:]]
+try:                     # getrusage would include the memory of the process that started this one
+    peak = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 2**10
+except OSError:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+print(json.dumps([len(decisions), sorted({d.reason[:7] for d in decisions}), peak,
+                  sorted({"pandas", "sklearn", "numba"} & set(sys.modules))]))
+""", ML_ENSEMBLE_MODELS=str(bare.models))
+    assert seen[0] == 1000 and seen[3] == [] and set(seen[1]) <= {"", "expired"}
+    assert seen[2] < 95
+
+
 @pytest.mark.parametrize("variables", [{}, {"ML_ENSEMBLE_MODELS": "nowhere"}], ids=["not set", "an empty store"])
 def test_a_store_that_is_missing_is_named_by_its_variable(bare, variables):
     done = bare("python", "-c", "from ml_ensemble import ProductionEnsemble; ProductionEnsemble()", **variables)

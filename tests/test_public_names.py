@@ -49,7 +49,7 @@ PUBLIC = {
         sync_directory usable_cpus utc_now version_id write_atomic
     """,
     "custom_features": "CustomFeature Window WindowBuffer custom_columns custom_feature load_custom",
-    "ensemble": "ProductionEnsemble canary_rows load_file metadata_beside restore_ensemble",
+    "ensemble": "ProductionEnsemble canary_rows closed_bars load_file metadata_beside restore_ensemble",
     "entry_point": "main",
     "evaluation": """
         Evaluation baselines bootstrap_skills diebold_mariano evaluate intervals paired_skill_difference per_fold
@@ -70,8 +70,8 @@ PUBLIC = {
         is_valid_bar new_memory new_state pays_to_compile read_only update_bar
     """,
     "inference": """
-        BatchGraph DAY_NS EPOCH ForkLock Graph LoadedModel calibrate decide_rows make_session open_payload predict_proba
-        predict_row range_limits range_violation run_graph single_row time_ns training_range warmup_reason
+        BatchGraph DAY_NS EPOCH ForkLock Graph LoadedModel calibrate decide_rows in_limits make_session open_payload
+        plain_numbers predict_proba predict_row range_limits range_violation run_graph single_row time_ns training_range warmup_reason
     """,
     "labels": "METHODS average_uniqueness forward_return_labels make_labels next_returns triple_barrier_labels",
     "leakage_audit": """
@@ -79,7 +79,10 @@ PUBLIC = {
         check_stream inputs_of join_rows project_pipeline view_bar_by_bar view_windows
     """,
     "learner_parameters": "FIXED accepted_names did_you_mean free_names learners_with own_name own_names",
-    "live": "CLASS_NAMES Decision LiveStream ServingState bar_interval_ns decide_bar decide_values",
+    "live": """
+        CLASS_NAMES Decision LiveStream ServingState bar_interval_ns check_bars decide_bar decide_values read_history
+        split_unfinished unfinished_bar warm_stream
+    """,
     "market_data": "Market load_candles",
     "metrics": """
         accuracy calibration_error confusion_matrix f1_scores macro_f1 matthews_correlation mean_roc_auc one_hot
@@ -95,10 +98,11 @@ PUBLIC = {
         recipe_labels recipe_splitter threshold_objective training_set
     """,
     "retraining": """
-        Candidate LabelEconomics RetrainResult blend_table champion_recipe compare_with_production ensemble_gain
+        Candidate LabelEconomics NO_NEW_BARS RetrainResult blend_table champion_recipe compare_with_production ensemble_gain
         evaluate_blend evaluate_result execute fit_candidate gain_sentence get_market importance label_balance
-        label_economics learner_evaluations learner_table rarest_class reach_verdict reachable_skill retrain run_audit
-        run_backtest run_money_bridge run_overrides run_skill_sources stage trading_facts
+        label_economics learner_evaluations learner_table notebook_settings rarest_class reach_verdict reachable_skill
+        retrain run_audit run_backtest run_money_bridge run_overrides run_skill_sources split_overrides stage
+        trading_facts
     """,
     "sandbox": "CLUSTERING QUOTED_SPREAD STRENGTH VOLATILITY bar_length best_skill signal simulate_market true_probability",
     "skill_sources": """

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from datetime import datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from ml_ensemble.sandbox import simulate_market
 from ml_ensemble.monitoring import diagnose
 from ml_ensemble.recipe import blend_learners, training_set
 from ml_ensemble.recipe import out_of_fold
-from ml_ensemble.retraining import compare_with_production, evaluate_result, get_market
+from ml_ensemble.retraining import compare_with_production, evaluate_result, execute, get_market
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
@@ -321,7 +322,11 @@ def test_three_classes_and_triple_barrier_reach_production(tmp_path, sandbox, in
 
 def test_the_diagnosis_of_a_healthy_store_and_of_a_damaged_one(trained, trained_copy):
     store = trained[0]
-    assert diagnose(store).healthy
+    newest = datetime.fromisoformat(store.current()["data"]["to"])
+    assert diagnose(ModelStore(store.root, clock=lambda: newest + timedelta(days=13))).healthy
+    old = diagnose(store)                                        # trained minutes ago, on candles of years ago
+    assert not old.healthy and [f.part for f in old.findings if f.status == "fault"] == ["age"]
+    assert "days since the newest training bar" in next(f.seen for f in old.findings if f.part == "age")
     (trained_copy.production / "production_ensemble.pkl").write_bytes(b"damaged")
     sick = diagnose(trained_copy)
     assert not sick.healthy and "serves instead" in next(f.seen for f in sick.findings if f.part == "production")
@@ -357,3 +362,117 @@ def test_a_version_with_empty_metadata_is_a_finding_and_no_crash(trained_copy):
     path = trained_copy.production / "production_model_metadata.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "created_at": "yesterday", "metrics": None}))
     assert {f.part: f.status for f in diagnose(trained_copy).findings}["figures"] == "fault"
+
+
+# --- without new bars -------------------------------------------------------------------------------------------------
+
+
+class Began(Exception):
+    """The notebook was about to be executed."""
+
+
+@pytest.fixture
+def stopped_at_the_notebook(monkeypatch):
+    def execute(*arguments):
+        raise Began
+    monkeypatch.setattr("ml_ensemble.retraining.execute", execute)
+
+
+def test_the_same_bars_with_the_same_settings_promote_nothing(trained_copy, inbox, stopped_at_the_notebook):
+    store, before = trained_copy, trained_copy.current()
+    versions = store.versions()
+    outcome = run(store, base=QUICK)
+    assert (outcome.promoted, outcome.version, outcome.reason) == (False, None, "no new bars")
+    assert outcome.current == before["version"] and store.current() == before and store.versions() == versions
+    answer = json.loads(json.dumps(outcome.to_dict()))
+    assert answer["reason"] == "no new bars" and answer["newest_bar"] == before["data"]["to"] and not answer["promoted"]
+    event = store.history()[-1]
+    assert event["kind"] == "no_new_bars" and event["version"] == before["version"]
+    assert [message["title"] for message in inbox] == ["ml_ensemble: no new bars"] and "days ago" in inbox[0]["message"]
+    last = next(f for f in diagnose(store).findings if f.part == "last run")
+    assert last.status == "warning" and "no new bars" in last.seen and "source" in last.remedy
+
+
+def test_equal_candles_of_another_source_are_no_new_bars(trained_copy, tmp_path, stopped_at_the_notebook):
+    get_market(load_settings(QUICK)).candles.to_parquet(tmp_path / "copy.parquet")
+    outcome = run(trained_copy, "days=null", base=QUICK, source=f"file:{tmp_path}/copy.parquet")
+    assert outcome.reason == "no new bars"
+
+
+@pytest.mark.parametrize("change", [["seed=1"], ["days=701"], ["labels.threshold=0.004"], ["min_samples=100"]])
+def test_a_changed_recipe_or_more_bars_are_trained(trained_copy, change, stopped_at_the_notebook):
+    with pytest.raises(RetrainError, match="Began"):
+        run(trained_copy, *change, base=QUICK)
+
+
+def test_force_and_a_damaged_version_are_trained_on_the_same_bars(trained_copy, stopped_at_the_notebook):
+    with pytest.raises(RetrainError, match="Began"):
+        run(trained_copy, base=QUICK, force=True)
+    (trained_copy.production / "production_ensemble.pkl").write_bytes(b"damaged")
+    with pytest.raises(RetrainError, match="Began"):
+        run(trained_copy, base=QUICK)
+
+
+def test_the_command_ends_well_without_new_bars(trained_copy):
+    words = [word for override in QUICK for word in ("--set", override)]
+    done = subprocess.run([sys.executable, "-m", "ml_ensemble.cli", "retrain", "--json", "--require-promotion", *words],
+                          capture_output=True, text=True, env={**os.environ, "ML_ENSEMBLE_MODELS": str(trained_copy.root)})
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["reason"] == "no new bars"
+
+
+# --- the kernel and the parameters ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variables", ["HOME", "JUPYTER_PATH", "JUPYTER_PREFER_ENV_PATH"])
+def test_the_kernel_is_this_interpreter_whatever_is_installed(tmp_path, monkeypatch, variables):
+    data = tmp_path / ".local/share/jupyter"
+    (data / "kernels/python3").mkdir(parents=True)
+    (data / "kernels/python3/kernel.json").write_text(json.dumps(
+        {"argv": ["/bin/false", "{connection_file}"], "display_name": "another", "language": "python"}))
+    if variables == "JUPYTER_PATH":
+        monkeypatch.setenv("JUPYTER_PATH", str(data))
+    else:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setenv("JUPYTER_DATA_DIR", str(data))
+    if variables == "JUPYTER_PREFER_ENV_PATH":
+        monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
+    page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import sys; print(sys.executable)")])
+    page.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(page, tmp_path / "page.ipynb")
+    execute(tmp_path / "page.ipynb", tmp_path / "report.ipynb", {}, False, False)
+    assert nbformat.read(tmp_path / "report.ipynb", 4).cells[-1].outputs[0].text.strip() == sys.executable
+
+
+def test_an_error_of_a_library_is_named_recorded_and_reported(store, monkeypatch, inbox):
+    def execute(*arguments):
+        raise RuntimeError("Kernel didn't respond in 60 seconds")
+    monkeypatch.setattr("ml_ensemble.retraining.execute", execute)
+    with pytest.raises(RetrainError, match="RuntimeError: Kernel didn't respond.*Production was not changed"):
+        run(store)
+    assert store.history()[-1]["kind"] == "failure" and "Kernel didn't respond" in inbox[0]["message"]
+
+
+@pytest.mark.parametrize("words, told", [
+    (["-p", "overrides", "labels.horizon=-3"], "ConfigError: labels.horizon"),
+    (["-p", "days", "abc"], "ConfigError: parameter days is 'abc' of type str"),
+    (["-y", "days: 2024-01-01"], "ConfigError: parameter days is"),
+    (["-p", "day", "300"], "ConfigError: weekly_retrain.ipynb has no parameter 'day'")])
+def test_papermill_itself_gets_a_named_error_for_a_wrong_parameter(tmp_path, words, told):
+    done = subprocess.run([sys.executable, "-m", "papermill", "nbs/weekly_retrain.ipynb", str(tmp_path / "report.ipynb"),
+                           "-p", "models", str(tmp_path / "models"), *words], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode != 0 and told in done.stderr
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_report_that_cannot_be_rendered_does_not_stop_a_run(tmp_path, monkeypatch):
+    def broken(**options):
+        raise ValueError("no template")
+    monkeypatch.setattr("nbconvert.HTMLExporter", broken)
+    page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 + 1")])
+    page.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(page, tmp_path / "page.ipynb")
+    with pytest.warns(RuntimeWarning, match="could not be converted to HTML .ValueError: no template"):
+        execute(tmp_path / "page.ipynb", tmp_path / "report.ipynb", {}, False, False)
+    assert (tmp_path / "report.ipynb").exists()

@@ -158,6 +158,7 @@ def test_warm_up_gives_the_state_of_the_bars_one_by_one(model):
 # --- abstention -------------------------------------------------------------------------------------------------------
 
 MADE = datetime(2025, 9, 1, tzinfo=timezone.utc)
+LIMIT = datetime(2025, 9, 13, 20, tzinfo=timezone.utc)       # 14 days after the newest training bar
 
 
 def dated(clock, **more):
@@ -168,12 +169,15 @@ def dated(clock, **more):
 
 
 @pytest.mark.parametrize("time, clock, more, said", [
-    (None, MADE + timedelta(days=14), {}, ""),
-    (None, MADE + timedelta(days=14, minutes=15), {}, "expired: 14.0 days since training, the limit is 14"),
+    (None, LIMIT, {}, ""),
+    (None, LIMIT + timedelta(minutes=15), {}, "expired: 14.0 days since the newest training bar, the limit is 14"),
+    (None, MADE + timedelta(days=14), {"data": {}}, ""),
+    (None, MADE + timedelta(days=14, minutes=15), {"data": {}}, "expired: 14.0 days since training, the limit is 14"),
+    (None, MADE, {"data": {"to": "2023-10-13T00:00:00Z"}}, "expired: 689.0 days since the newest training bar, the limit is 14"),
     ("2025-09-13T20:00:00Z", MADE + timedelta(days=99), {}, ""),
-    ("2025-09-13T20:00:01Z", MADE, {}, "expired: 14.0 days since the newest training bar, the limit is 14"),
-    ("2025-09-16T00:00:00Z", MADE, {"data": {}}, "expired: 15.0 days since training, the limit is 14"),
-    (None, MADE + timedelta(days=99), {"created_at": None}, "")])
+    ("2025-09-13T20:00:01Z", MADE + timedelta(days=99), {}, "expired: 14.0 days since the newest training bar, the limit is 14"),
+    ("2025-09-16T00:00:00Z", MADE + timedelta(days=99), {"data": {}}, "expired: 15.0 days since training, the limit is 14"),
+    (None, MADE + timedelta(days=99), {"created_at": None, "data": {}}, "")])
 def test_the_age_of_a_model_is_counted_in_bars_or_by_the_clock(features, time, clock, more, said):
     model, row = dated(clock, **more), features.iloc[100]
     same = [time and datetime.fromisoformat(time), time and np.datetime64(time[:-1]), time and pd.Timestamp(time)]
@@ -191,7 +195,7 @@ def test_age_limit_and_margin_are_read_from_the_artefact(features):
     assert info["max_age_days"] == 3.0 and info["range_margin"] == 0.0
     assert info["expires_at"] == {"clock": None, "bars": None}
     expires = dated(MADE).get_model_info()["expires_at"]
-    assert expires == {"clock": "2025-09-15T00:00:00Z", "bars": "2025-09-13T20:00:00Z"}
+    assert expires == {"clock": "2025-09-13T20:00:00Z", "bars": "2025-09-13T20:00:00Z"}
     assert np.isfinite(strict.predict_proba(features)[49:-1]).all()       # the training bars themselves are in range
     other = FeatureManager().generate_features(simulate_market(1500, seed=4)[0])
     withheld = lambda model: np.isnan(model.predict_proba(other)[49:, 0]).sum()
@@ -246,7 +250,7 @@ def test_a_decision_is_immutable_and_complete(model, features):
 @pytest.mark.parametrize("bar, error", [
     ((math.nan, 101, 99, 100, 5), MissingValueError), ((100, math.inf, 99, 100, 5), InfiniteValueError),
     ((100, 101, -1, 100, 5), NegativeValueError), ((100, 101, 99, 100, -5), NegativeValueError),
-    ((100, 99, 101, 100, 5), HighLowError), ((100, 101, 99, "100", 5), ColumnTypeError),
+    ((100, 99, 101, 100, 5), HighLowError), ((100, 101, 99, "abc", 5), ColumnTypeError),
     ((100, 101, 99, True, 5), ColumnTypeError), ((100, 101, 99, None, 5), ColumnTypeError)])
 def test_an_invalid_bar_is_a_named_error_and_leaves_the_stream_unchanged(bar, error):
     candles = simulate_market(120, seed=5)[0]
@@ -264,7 +268,7 @@ def test_a_bar_out_of_order_is_a_named_error_and_leaves_the_stream_unchanged(hou
     newest, last = candles.index[-2], bars(candles)[-1]
     with pytest.raises(error, match="is refused"):
         model.decide(*last, time=newest + pd.Timedelta(hours=hours))
-    for wrong in ("2024-01-01", 1704067200, pd.NaT, np.datetime64("NaT")):
+    for wrong in ("yesterday", 3600, True, pd.NaT, np.datetime64("NaT")):
         with pytest.raises(TimestampError):
             model.decide(*last, time=wrong)
     assert model.decide(*last, time=candles.index[-1]) == untouched.decide(*last, time=candles.index[-1])
