@@ -25,8 +25,8 @@ help: ## Print this list
 
 install: .venv/.installed ## Make .venv from the lock
 
-retrain: .venv/.installed ## Run the weekly retrain notebook on the embedded sandbox market
-	@$(BIN)/ml-ensemble retrain $(ARGS)
+retrain: .venv/.installed ## Run the weekly retrain notebook; by default on the sandbox market, for practice
+	@$(BIN)/ml-ensemble retrain --set production.allow_simulated=true $(ARGS)
 
 export-check: .venv/.installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/check_export.py

@@ -68,7 +68,10 @@ def bar_interval(time: np.ndarray) -> int:
     "The most common distance between neighbours, in the unit of `time` (0 for fewer than two bars)."
     if len(time) < 2:
         return 0
-    steps, counts = np.unique(np.diff(time), return_counts=True)
+    steps = np.diff(time)
+    if 2 * np.count_nonzero(steps == steps[0]) > len(steps):      # without sorting a long history
+        return int(steps[0])
+    steps, counts = np.unique(steps, return_counts=True)
     return int(steps[counts.argmax()])
 
 def _gaps(c: dict) -> np.ndarray:
@@ -186,7 +189,7 @@ def bar_times(index) -> np.ndarray:
     "Times of a pandas index, (T,) int64 nanoseconds since 1970, UTC; TimestampError for an index of another kind."
     if not hasattr(index, "tz"):
         raise TimestampError(f"the index is a {type(index).__name__}, not times of bars",
-                             "Use candles.set_index('date') with real timestamps, or market_data.tidy(candles).")
+                             "Use candles.set_index('date') with real timestamps, or candle_columns.tidy(candles).")
     try:
         return (index if index.unit == "ns" else index.as_unit("ns")).asi8
     except ValueError as error:

@@ -39,7 +39,7 @@ class Comparison:
 def meaning(data: dict, fingerprint: str | None, classes: list[int]) -> dict:
     "Settings that define what a decision means: labels, market, bar, features; `data` as in a version's metadata."
     labels = {"entry": "close"} | _mapping(data.get("labels"))
-    return {**{f"labels.{name}": labels[name] for name in sorted(labels)}, "market": data.get("source"),
+    return {**{f"labels.{name}": labels[name] for name in sorted(labels)}, "market": data.get("market") or data.get("source"),
             "minutes of a bar": data.get("interval_minutes"), "features": fingerprint, "classes": list(classes)}
 
 def decision_settings(facts: dict) -> dict:

@@ -38,11 +38,18 @@ _Limit = Annotated[float, Field(ge=-1, le=1)]
 
 class DataSettings(Section):
     """Source and checks of the candles."""
-    source: Annotated[str, Field(pattern=r"^(sandbox|file:.+)$")]
+    source: Annotated[str, Field(pattern=r"^(sandbox|file:.+|ccxt:[^:]+:.+:[^:]+)$")]
     days: _Count | None
     bar: Annotated[str, Field(pattern=r"^[1-9]\d*(min|h|D)$")]
     calendar: Literal["continuous", "sessions"]
-    repairs: list[Literal["sort", "drop_duplicates", "drop_missing", "fill_gaps"]]
+    market: str | None
+    columns: dict[Literal["time", "clock", "open", "high", "low", "close", "volume", "symbol"], str | int]
+    symbol: str | None
+    time_format: str | None
+    timezone: str | None
+    decimal: Literal[".", ","] | None
+    max_staleness: _Positive | None
+    repairs: list[Literal["sort", "drop_duplicates", "drop_missing", "drop_off_grid", "fill_gaps"]]
     max_fill: Annotated[float, Field(ge=0, le=1)]
     min_bars: Annotated[int, Field(ge=100)]
     sandbox_seed: Annotated[int, Field(ge=0)]
@@ -191,6 +198,7 @@ class ProductionSettings(Section):
     """Limits that the version in production must keep."""
     max_age_days: _Positive
     range_margin: _NonNegative
+    allow_simulated: bool
     min_free_disk_mb: _NonNegative
 
 # %% ../nbs/21_config.ipynb #890de75c

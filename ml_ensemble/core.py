@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['MLEnsembleError', 'ConfigError', 'DataError', 'FeatureError', 'ValidationError', 'StoreError', 'RetrainError',
            'NotATableError', 'EmptyDataError', 'MissingColumnError', 'ColumnTypeError', 'TimestampError',
-           'UnsortedError', 'DuplicateError', 'GapError', 'MissingValueError', 'InfiniteValueError',
-           'NegativeValueError', 'HighLowError', 'TooShortError', 'ModelNotFoundError', 'IntegrityError',
-           'LFSPointerError', 'UnsafeModelError', 'StaleStoreError', 'MissingExtraError', 'requires_extra',
-           'canonical_json', 'readable_json', 'sha256_hex', 'sync_directory', 'write_atomic', 'utc_now', 'iso',
-           'find_project', 'project_root', 'core_file', 'page_file', 'models_dir', 'version_id', 'usable_cpus',
-           'n_threads', 'in_threads', 'MarkdownRepr']
+           'AmbiguousDataError', 'UnsortedError', 'DuplicateError', 'GapError', 'MissingValueError',
+           'InfiniteValueError', 'NegativeValueError', 'StaleDataError', 'HighLowError', 'TooShortError',
+           'ModelNotFoundError', 'IntegrityError', 'LFSPointerError', 'UnsafeModelError', 'StaleStoreError',
+           'MissingExtraError', 'requires_extra', 'canonical_json', 'readable_json', 'sha256_hex', 'sync_directory',
+           'write_atomic', 'utc_now', 'iso', 'find_project', 'project_root', 'core_file', 'page_file', 'models_dir',
+           'version_id', 'usable_cpus', 'n_threads', 'in_threads', 'MarkdownRepr']
 
 # %% ../nbs/00_core.ipynb #dd71e0b3
 import hashlib
@@ -56,13 +56,13 @@ class RetrainError(MLEnsembleError):
 
 # %% ../nbs/00_core.ipynb #ea8d3d01
 class NotATableError(DataError, TypeError):
-    """What was handed in is not a table of candles."""
+    """The argument is not a table of candles."""
 
 class EmptyDataError(DataError):
     """There are no rows."""
 
 class MissingColumnError(DataError):
-    """A column of open, high, low, close, volume is missing, or stands there twice."""
+    """A column of open, high, low, close, volume is missing or occurs twice."""
 
 class ColumnTypeError(DataError, TypeError):
     """A column does not hold numbers."""
@@ -70,11 +70,14 @@ class ColumnTypeError(DataError, TypeError):
 class TimestampError(DataError):
     """The time of the bars is missing or cannot be read."""
 
+class AmbiguousDataError(DataError):
+    """The values allow more than one meaning; a setting decides which is meant."""
+
 class UnsortedError(DataError):
-    """A bar stands before an older one."""
+    """A bar comes before an older one."""
 
 class DuplicateError(DataError):
-    """Two bars carry the same time."""
+    """Two bars have the same time."""
 
 class GapError(DataError):
     """A bar is missing between two others."""
@@ -87,6 +90,9 @@ class InfiniteValueError(DataError):
 
 class NegativeValueError(DataError):
     """A price is zero or less, or a volume less than zero."""
+
+class StaleDataError(DataError):
+    """The newest bar is too old."""
 
 class HighLowError(DataError):
     """The high is not the highest, or the low not the lowest, price of its bar."""

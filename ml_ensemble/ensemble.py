@@ -458,8 +458,9 @@ class ProductionEnsemble(_Predictor):
             `data`, `metrics` (out of sample), `size_bytes`. From the model file: `format`, `graph_bytes`,
             `max_age_days`, `weights`, `classes`, `calibration`, `decision_threshold`, `features`, `fingerprint`,
             `range_margin`. Derived: `newest_bar`, the time of the newest training bar, from which the age of the model
-            is measured; `expires_at`, `n_features`, `calendar`, `warmup` (bars) and `range_limits`, the minimum and
-            maximum of each model input that gets a prediction.
+            is measured; `simulated`, whether it was trained on simulated candles and must not trade; `expires_at`,
+            `n_features`, `calendar`, `warmup` (bars) and `range_limits`, the minimum and maximum of each model input
+            that gets a prediction.
 
         Examples
         --------
@@ -658,7 +659,8 @@ def _model_info(loaded: LoadedModel) -> dict:
     metadata, payload = loaded.metadata, loaded.payload
     limits = {name: list(limit) for name, limit in zip(payload["view"], loaded.limits)}
     return {**{key: metadata.get(key) for key in ("version", "sequence", "created_at", "sha256", "data", "metrics")},
-            "format": payload["format"], "size_bytes": metadata.get("size_bytes"), "graph_bytes": len(payload["model"]),
+            "simulated": loaded.simulated, "format": payload["format"], "size_bytes": metadata.get("size_bytes"),
+            "graph_bytes": len(payload["model"]),
             "max_age_days": payload["max_age_days"], "newest_bar": _moment_text(_newest_bar(loaded)),
             "expires_at": _expiry_of(loaded),
             "weights": dict(payload["weights"]), "classes": list(payload["classes"]),

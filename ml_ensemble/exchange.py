@@ -375,11 +375,11 @@ def _with_end(session: _Session, cursor: int, page: np.ndarray) -> np.ndarray:
 _MAX_REPEATS, _SLOW_PAGES = 3, 20
 
 def _stuck(session: _Session, cursor: int, reason: str) -> ExchangeDataError:
-    return ExchangeDataError(f"{session.place}: {reason} at {_moment_text(cursor)}, the clock of the exchange is at "
-                             f"{_moment_text(session.now)}", "Ask again later, or use another exchange of ccxt; "
+    return ExchangeDataError(f"{session.place}: {reason} at {_candle_time(cursor)}, the clock of the exchange is at "
+                             f"{_candle_time(session.now)}", "Ask again later, or use another exchange of ccxt; "
                              "candles received so far are in the cache (offline=True reads them).")
 
-def _moment_text(moment: float) -> str:
+def _candle_time(moment: float) -> str:
     return minute_text(pd.Timestamp(int(moment), unit="ms", tz="UTC"))
 
 def _download(session: _Session, cursor: int, parts: list[np.ndarray], fresh_start: bool) -> None:
@@ -405,7 +405,7 @@ def _download(session: _Session, cursor: int, parts: list[np.ndarray], fresh_sta
         if len(moves) == _SLOW_PAGES and max(moves) <= 1 and (session.now - cursor) // step > _SLOW_PAGES:
             raise _stuck(session, cursor, "the exchange gives one candle a page")
         if len(parts) % 10 == 1 or cursor + step > session.now:
-            session.progress(f"{session.place}: {sum(map(len, parts)):,} candles, up to {_moment_text(min(cursor, session.now))}")
+            session.progress(f"{session.place}: {sum(map(len, parts)):,} candles, up to {_candle_time(min(cursor, session.now))}")
 
 # %% ../nbs/28_exchange.ipynb #620fe8a4
 def cache_folder() -> Path:
@@ -556,7 +556,7 @@ def _drop_off_grid(rows: np.ndarray, session: _Session) -> np.ndarray:
     phases, counts = np.unique(rows[:, 0] % session.place.step, return_counts=True)
     on = rows[:, 0] % session.place.step == phases[counts.argmax()]
     if not on.all():
-        session.notes.append(f"{int((~on).sum())} candles between two bars were dropped, the first at {_moment_text(rows[~on][0, 0])}")
+        session.notes.append(f"{int((~on).sum())} candles between two bars were dropped, the first at {_candle_time(rows[~on][0, 0])}")
     return rows[on]
 
 # %% ../nbs/28_exchange.ipynb #44079b8b
@@ -621,7 +621,7 @@ def _history(session: _Session, rows: np.ndarray, cache: _Cache, since: int, new
     "The history from `since`; DataError where there is nothing."
     rows, place = _from(rows, since), session.place
     if not len(rows):
-        raise ExchangeDataError(f"{place} has no finished candle from {_moment_text(since)} to {_moment_text(session.now)}",
+        raise ExchangeDataError(f"{place} has no finished candle from {_candle_time(since)} to {_candle_time(session.now)}",
                                 "Ask for more days, or use another market.")
     moment = lambda ms: pd.Timestamp(int(ms), unit="ms", tz="UTC").as_unit("ns")
     candles = _table(rows)
@@ -702,8 +702,8 @@ def _add_notes(session: _Session, rows: np.ndarray, since: int, days: float | No
     if not len(rows):
         return
     if days is not None and rows[0, 0] >= since + step:
-        session.notes.append(f"the history begins at {_moment_text(rows[0, 0])}: the exchange has no candles before "
-                             f"({_moment_text(since)} was asked for)")
+        session.notes.append(f"the history begins at {_candle_time(rows[0, 0])}: the exchange has no candles before "
+                             f"({_candle_time(since)} was asked for)")
     if session.incomplete:
         session.notes.append(f"{session.incomplete} rows without a price or volume were dropped")
     late = int(session.now - rows[-1, 0] - step) // step
@@ -724,7 +724,7 @@ def _cached_history(session: _Session, cache: _Cache, days: float | None, why: s
         session.now, session.clock_source = _own_now(session), "own clock"
     end = rows[-1, 0] + session.place.step
     session.notes.append(f"{why}: candles of the cache, asked for at {facts.get('fetched_at', 'an unknown time')}, the newest "
-                         f"ended at {_moment_text(end)}, {max(0.0, session.now - end) / _UNITS['h']:.1f} h ago")
+                         f"ended at {_candle_time(end)}, {max(0.0, session.now - end) / _UNITS['h']:.1f} h ago")
     since = _since(session, days)
     return _history(session, rows, cache, min(since, int(rows[-1, 0])), new_bars, offline=True)
 

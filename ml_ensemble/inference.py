@@ -124,6 +124,12 @@ class LoadedModel:
         "Its name; `unversioned` for a file without metadata."
         return self.metadata.get("version", "unversioned")
 
+    @property
+    def simulated(self) -> bool:
+        "Whether it was trained on simulated candles: it is not fit to trade."
+        data = self.metadata.get("data")
+        return isinstance(data, dict) and data.get("source") == "sandbox"
+
 # %% ../nbs/13_inference.ipynb #7010e7ec
 def open_payload(payload: dict, metadata: dict | None = None, features: FeatureManager | None = None) -> LoadedModel:
     "Open a payload and check its features and its canary rows."

@@ -39,6 +39,8 @@ class Decision:
         The version of the model; `unversioned` for a file without metadata.
     probabilities : tuple of float
         (C,) probabilities of all classes, in the order of `classes`; NaN if the model abstains.
+    simulated : bool
+        Whether the model was trained on simulated candles: it is not fit to trade.
 
     Examples
     --------
@@ -51,6 +53,7 @@ class Decision:
     reason: str
     version: str
     probabilities: tuple[float, ...]
+    simulated: bool = False
 
 # %% ../nbs/14_live.ipynb #a1c05e52
 CLASS_NAMES = {-1: "sell", 0: "hold", 1: "buy"}
@@ -59,12 +62,12 @@ def _make_decision(loaded: LoadedModel, output: tuple[float, ...] | str) -> Deci
     "The decision for the probabilities of a row, or an abstention if `output` is a reason."
     classes = loaded.payload["classes"]
     if isinstance(output, str):
-        return Decision(math.nan, "hold", output, loaded.version, (math.nan,) * len(classes))
+        return Decision(math.nan, "hold", output, loaded.version, (math.nan,) * len(classes), loaded.simulated)
     if len(classes) == 2:
         chosen = 1 if output[1] >= loaded.payload["decision_threshold"] else 0
     else:
         chosen = classes[output.index(max(output))]
-    return Decision(output[-1], CLASS_NAMES[chosen], "", loaded.version, output)
+    return Decision(output[-1], CLASS_NAMES[chosen], "", loaded.version, output, loaded.simulated)
 
 def _age_reason(loaded: LoadedModel, time: int | None, clock: Callable[[], datetime]) -> str:
     "Message if the model is too old, else empty. `time` in nanoseconds since 1970, or None for that of the clock."

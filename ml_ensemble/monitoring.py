@@ -125,10 +125,19 @@ def _check_figures(info: dict, settings: Settings) -> HealthCheck:
             f"skill {figures['skill']:.3f} [{low:.3f}, {high:.3f}] out of sample")
     return HealthCheck("figures", "ok", seen) if f1 >= floor else HealthCheck("figures", "fault", seen, "Retrain or roll back.")
 
+def _check_market(info: dict) -> HealthCheck:
+    "Check that the version was trained on a real market."
+    data = info["data"] or {}
+    if info["simulated"]:
+        return HealthCheck("market", "fault", "trained on the simulated market of the sandbox: never fit to trade",
+                           "Run `ml-ensemble retrain --source ccxt:EXCHANGE:SYMBOL:TIMEFRAME` or `--source file:PATH`.")
+    return HealthCheck("market", "ok", f"trained on {data.get('market') or data.get('source') or 'an unknown market'}")
+
+# %% ../nbs/50_monitoring.ipynb #2dec9c44
 def _check_facts(info: dict, settings: Settings, now: datetime) -> list[HealthCheck]:
-    "Check age and metrics; invalid metadata is a fault."
+    "Check market, age and metrics; invalid metadata is a fault."
     try:
-        return [_check_age(info, settings, now), _check_figures(info, settings)]
+        return [_check_market(info), _check_age(info, settings, now), _check_figures(info, settings)]
     except (KeyError, TypeError, ValueError) as error:
         return [HealthCheck("figures", "fault", f"cannot read age or metrics from the metadata ({error})",
                             "Roll back to a version with valid metadata, or retrain.")]

@@ -127,7 +127,9 @@ class GateInput:
     artefact: dict             # measured parity_error, size_mb, memory_mb, latency_ms
     problems: Sequence[str]    # findings of the leakage audit; empty if it is clean
     changed: Sequence[str] = ()   # differences from the champion in what a decision means
-    accepted: bool = False     # whether this change was requested (--accept-change)
+    accepted: bool = False     # whether these changes were requested
+    request: str = "--accept-change"   # how they are requested
+    simulated: bool = False    # whether it was trained on simulated candles, and this is not allowed
     more: str = "--days"       # how to get more bars
     threshold_remedy: str = "" # a setting that was tried and raises a low F1
 
@@ -233,9 +235,12 @@ def _trading_criteria(found: GateInput, limits: GateSettings) -> list[Criterion]
 def _champion_criteria(found: GateInput, limits: GateSettings) -> list[Criterion]:
     "Criteria on the champion: not worse than production, and no unrequested change of what a decision means."
     versions, recipes = found.versions, found.recipes
-    return [Criterion("unrequested changes of meaning", 0 if found.accepted else len(found.changed), "<=", 0,
+    return [Criterion("trained on a real market", float(not found.simulated), ">=", 1,
+                      "The candles are simulated, and a version trained on them is never fit to trade. Use --source file:PATH or "
+                      "ccxt:EXCHANGE:SYMBOL:TIMEFRAME, or --set production.allow_simulated=true to practise."),
+            Criterion("unrequested changes of meaning", 0 if found.accepted else len(found.changed), "<=", 0,
                       f"The meaning of a decision would change: {'; '.join(found.changed)}. If this is intended, use "
-                      "--accept-change.", note="accepted: " + "; ".join(found.changed) if found.changed else "none"),
+                      f"{found.request}.", note="accepted: " + "; ".join(found.changed) if found.changed else "none"),
             Criterion("skill minus that of production, lower end", versions.low, ">=", -limits.champion_margin,
                       "There is no evidence that this version is as good as the production versions, on bars that none "
                       "of them was trained on; keep the current version.", versions.note,

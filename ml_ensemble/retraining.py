@@ -7,7 +7,7 @@ __all__ = ['NO_NEW_BARS', 'get_market', 'label_balance', 'reachable_skill', 'Lab
            'evaluate_result', 'evaluate_blend', 'learner_evaluations', 'learner_table', 'blend_table', 'ensemble_gain',
            'gain_sentence', 'importance', 'run_skill_sources', 'run_backtest', 'run_money_bridge', 'run_audit',
            'Candidate', 'fit_candidate', 'champion_recipe', 'compare_with_production', 'rarest_class', 'reach_verdict',
-           'trading_facts', 'stage', 'run_overrides', 'split_overrides', 'notebook_settings', 'execute',
+           'market_label', 'trading_facts', 'stage', 'run_overrides', 'split_overrides', 'notebook_settings', 'execute',
            'RetrainResult', 'retrain']
 
 # %% ../nbs/51_retraining.ipynb #cd0d80eb
@@ -50,7 +50,7 @@ from .evaluation import Evaluation, diebold_mariano, evaluate, paired_skill_diff
 from .feature_manager import check_order_file, input_names
 from .live import CLASS_NAMES
 from .leakage_audit import AuditReport, audit, project_pipeline
-from .market_data import Market, load_candles
+from .market_data import Market, bar_sample, has_same_bars, load_candles, settings_of_source
 from .sandbox import best_skill
 from .metrics import row_log_loss
 from .monitoring import send_alert
@@ -69,10 +69,7 @@ from .versioning import MODEL_FILE, ModelStore, present_or_damaged, read_bytes, 
 def get_market(settings: Settings) -> Market:
     "Candles from the configured source, validated; repaired only as configured (`data.repairs`)."
     data = settings.data
-    return load_candles(_from_root(data.source), data.days, bar=data.bar, seed=data.sandbox_seed,
-                        strength=data.sandbox_strength, spread=data.sandbox_spread, volatility=data.sandbox_volatility,
-                        clustering=data.sandbox_clustering, repairs=data.repairs, calendar=data.calendar, min_bars=data.min_bars,
-                        max_fill=data.max_fill)
+    return load_candles(_from_root(data.source), **settings_of_source(data))
 
 def _from_root(source: str) -> str:
     "Resolve a relative file against the project folder, or against the working directory if there is no project."
@@ -334,7 +331,7 @@ def compare_with_production(settings: Settings, market: Market, data: TrainingSe
     if not facts:
         none = Comparison(0, note="first version: nothing in production to compare with")
         return none, none, []
-    current = meaning(_describe_data(settings, market, data), data.manager.fingerprint, list(data.classes))
+    current = meaning(_describe_data(settings, market, data, facts), data.manager.fingerprint, list(data.classes))
     changed = changed_meaning(decision_settings(facts), current)
     if changed:
         note = f"not comparable with champion {facts['version']}: {'; '.join(changed)}"
@@ -373,16 +370,27 @@ def rarest_class(data: TrainingSet, walk: WalkForwardResult) -> tuple[str, int]:
     return name, rows[name]
 
 # %% ../nbs/51_retraining.ipynb #a69c5060
+def _requests(changed: list[str], accept_change: bool, replace_market: str, label: str) -> tuple[bool, str]:
+    "Whether all changes of meaning were requested, and how to request them; a market is requested by its name."
+    market = [change for change in changed if change.startswith("market ")]
+    accepted = (not market or replace_market == label) and (accept_change or len(market) == len(changed))
+    words = [f"--replace-market {label}"] * bool(market) + ["--accept-change"] * (len(market) < len(changed))
+    return accepted, " and ".join(words)
+
 def reach_verdict(settings: Settings, market: Market, *, data: TrainingSet, walk: WalkForwardResult, blended: BlendResult,
                   evaluation: Evaluation, sources: SkillSources, candidate: Candidate, store: ModelStore, leakage: AuditReport,
-                  accept_change: bool = False, progress: Callable[[str], None] = print) -> Verdict:
+                  accept_change: bool = False, replace_market: str = "",
+                  progress: Callable[[str], None] = print) -> Verdict:
     "Evaluate every criterion of the gate for the candidate."
     versions, recipes, changed = compare_with_production(settings, market, data, blended, store, progress)
     problems = [f"{finding.check}: {finding.culprit}" for finding in leakage.problems]
+    label = market_label(settings, market, present_or_damaged(store))
+    accepted, request = _requests(changed, accept_change, replace_market, label)
     return judge(GateInput(
         evaluation=evaluation, sources=sources, money=run_backtest(settings, walk, blended), samples=len(data),
         rarest=rarest_class(data, walk), versions=versions, recipes=recipes, artefact=candidate.artefact,
-        problems=problems, changed=changed, accepted=accept_change, more=_how_to_get_more(settings),
+        problems=problems, changed=changed, accepted=accepted, request=request,
+        simulated=market.truth is not None and not settings.production.allow_simulated, more=_how_to_get_more(settings),
         threshold_remedy=_threshold_remedy(settings, walk, evaluation)), settings.gate)
 
 # %% ../nbs/51_retraining.ipynb #14693be3
@@ -405,18 +413,29 @@ def _package_versions() -> dict[str, str]:
     "Versions of Python and of the packages that affect the results."
     return {"python": platform.python_version(), **{name: installed_version(name) for name in _PACKAGES}}
 
-def _describe_data(settings: Settings, market: Market, data: TrainingSet) -> dict:
-    "Hash, time range and label settings of the training data."
+def market_label(settings: Settings, market: Market, champion: dict | None) -> str:
+    "Name of the market: that of the champion if its bars are the same, else the configured name or the source."
+    recorded = (champion or {}).get("data")
+    recorded = recorded if isinstance(recorded, dict) else {}
+    if isinstance(sample := recorded.get("sample"), dict) and has_same_bars(sample, market.candles):
+        return recorded.get("market") or recorded["source"]
+    return market.name or settings.data.source
+
+def _describe_data(settings: Settings, market: Market, data: TrainingSet, champion: dict | None) -> dict:
+    "Market, hash, time range and label settings of the training data."
     time = market.candles.index
-    return {"source": settings.data.source, "hash": market.data_hash, "bars": len(time), "samples": len(data),
+    return {"source": settings.data.source, "market": market_label(settings, market, champion),
+            "simulated": market.truth is not None, "sample": bar_sample(market.candles), "notes": list(market.notes),
+            **market.extra, "hash": market.data_hash, "bars": len(time), "samples": len(data),
             "from": time[0].isoformat(), "to": time[-1].isoformat(), "calendar": settings.data.calendar,
             "interval_minutes": bar_interval(time.as_unit("ns").asi8) / 6e10, "repairs": dict(market.repairs),
             "labels": settings.labels.model_dump()}
 
 # %% ../nbs/51_retraining.ipynb #2f6ecedf
-def _provenance(settings: Settings, market: Market, data: TrainingSet, now: datetime) -> dict:
+def _provenance(settings: Settings, market: Market, data: TrainingSet, store: ModelStore) -> dict:
     "Fields common to production and training metadata."
-    return {"created_at": iso(now), "data": _describe_data(settings, market, data),
+    description = _describe_data(settings, market, data, present_or_damaged(store))
+    return {"created_at": iso(store.clock()), "data": description,
             "configuration": settings.model_dump(), "git": _git_state(find_project()), "packages": _package_versions()}
 
 def trading_facts(sources: SkillSources, result: Backtest, money: Money, economics: LabelEconomics) -> dict:
@@ -431,7 +450,7 @@ def _fitted_parameters(settings: Settings, name: str, learner) -> dict:
 def stage(settings: Settings, market: Market, *, data: TrainingSet, evaluation: Evaluation, singles: dict[str, Evaluation],
           trading: dict, candidate: Candidate, verdict: Verdict, leakage: AuditReport, store: ModelStore, run_id: str) -> Path:
     "Write the candidate's metadata and the training pickles to the staging folder; change nothing outside it."
-    folder, common = _staging(store, run_id), _provenance(settings, market, data, store.clock())
+    folder, common = _staging(store, run_id), _provenance(settings, market, data, store)
     files = {}
     for name, learner in candidate.learners.items():
         path = write_atomic(folder / f"{name}_model.pkl", pickle.dumps(learner, protocol=5))
@@ -473,7 +492,8 @@ def run_overrides(source: str | None, days: int | None) -> list[str]:
 # %% ../nbs/51_retraining.ipynb #51a0b002
 _PARAMETERS: dict[str, tuple[str, tuple[type, ...]]] = {
     "source": ("text", (str,)), "days": ("a whole number", (int,)), "overrides": ("a list or text", (list, tuple, str)),
-    "models": ("text", (str,)), "run_id": ("text", (str,)), "accept_change": ("true or false", (bool,))}
+    "models": ("text", (str,)), "run_id": ("text", (str,)), "accept_change": ("true or false", (bool,)),
+    "replace_market": ("text", (str,))}
 _OVERRIDE = re.compile(r"""(?:\[[^\]]*\]|\{[^}]*\}|"[^"]*"|'[^']*'|[^\s,])+""")   # no split inside brackets and quotes
 
 def split_overrides(overrides) -> list[str]:
@@ -655,7 +675,7 @@ def _without_new_bars(settings: Settings, store: ModelStore) -> RetrainResult | 
 # %% ../nbs/51_retraining.ipynb #eb1eef65
 def retrain(source: str | None = None, days: int | None = None, overrides: Sequence[str] = (),
             store: ModelStore | None = None, verbose: bool = False, show_progress: bool = True,
-            accept_change: bool = False, force: bool = False) -> RetrainResult:
+            accept_change: bool = False, replace_market: str = "", force: bool = False) -> RetrainResult:
     """Run the weekly notebook, keep the report, and promote the candidate if the gate passes.
 
     Parameters
@@ -674,7 +694,9 @@ def retrain(source: str | None = None, days: int | None = None, overrides: Seque
     show_progress : bool, default True
         Show a progress bar on standard error.
     accept_change : bool, default False
-        Allow a promotion that changes what a decision means: labels, features or market.
+        Allow a promotion that changes what a decision means: labels or features.
+    replace_market : str, optional
+        Name of the market of this run, to allow that it replaces another market in production.
     force : bool, default False
         Train although the version in production was trained on the same candles with the same settings. Otherwise such
         a run ends at once: `reason` is `no new bars`, and the history gets an entry of the kind `no_new_bars`. A changed
@@ -715,7 +737,7 @@ def retrain(source: str | None = None, days: int | None = None, overrides: Seque
         settings = load_settings(texts)
         check_order_file(core_file("feature_order.json"))
         result = None if force else _without_new_bars(settings, store)
-        result = result or _run_notebook(store, texts, verbose, show_progress, accept_change)
+        result = result or _run_notebook(store, texts, verbose, show_progress, accept_change, replace_market)
     except (MLEnsembleError, OSError, KeyboardInterrupt) as error:
         _report_failure(store, error)
         raise
@@ -730,12 +752,12 @@ def retrain(source: str | None = None, days: int | None = None, overrides: Seque
 
 # %% ../nbs/51_retraining.ipynb #51a0b008
 def _run_notebook(store: ModelStore, overrides: tuple[str, ...], verbose: bool, show_progress: bool,
-                 accept_change: bool) -> RetrainResult:
+                 accept_change: bool, replace_market: str) -> RetrainResult:
     "Run the weekly notebook with its own staging folder, and promote the staged candidate if the gate passed."
     current = present_or_damaged(store)
     run_id, report = _new_run(store)
     parameters = {"overrides": list(overrides), "models": str(store.root), "run_id": run_id,
-                  "accept_change": accept_change}
+                  "accept_change": accept_change, "replace_market": replace_market}
     notebook = page_file(_NOTEBOOK)
     feature_manager(load_settings(overrides))       # raise on an invalid feature declaration before the run starts
     try:

@@ -15,7 +15,7 @@ from hypothesis import settings
 
 from ml_ensemble import retrain, retraining
 from ml_ensemble.feature_manager import FEATURE_NAMES, FeatureManager, input_names
-from ml_ensemble.candle_schema import tidy
+from ml_ensemble.candle_columns import tidy
 from ml_ensemble.sandbox import simulate_market
 from ml_ensemble.model_file import FORMAT
 from ml_ensemble.versioning import ModelStore
@@ -27,7 +27,7 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, print_b
 settings.load_profile("repeatable")
 
 # A retrain small enough for a test: every part runs, with fewer bars, trees and replications.
-QUICK = ("days=700", "lightgbm.n_estimators=40", "xgboost.n_estimators=40", "random_forest.n_estimators=40",
+QUICK = ("allow_simulated=true", "days=700", "lightgbm.n_estimators=40", "xgboost.n_estimators=40", "random_forest.n_estimators=40",
          "learning_rate=0.1", "n_splits=3",
          "replications=200", "min_samples=4000", "audit.cuts=20")
 # Still smaller, and promoted whatever its figures: where the verdict is not the point.

@@ -66,10 +66,15 @@ def test_check_history_and_backup_of_a_store(call, trained_copy):
     assert old.returncode == 1 and "days since the newest training bar" in old.stdout      # the bars end years ago
     facts["data"]["to"] = (datetime.now(timezone.utc) - timedelta(hours=4)).isoformat()
     path.write_text(json.dumps(facts))
+    practice = call("check", "--json", models=trained_copy.root)
+    faults = [finding["part"] for finding in json.loads(practice.stdout)["findings"] if finding["status"] == "fault"]
+    assert practice.returncode == 1 and faults == ["market"]                    # trained on the sandbox: never fit to trade
+    facts["data"]["source"] = facts["data"]["market"] = "file:candles.csv"
+    path.write_text(json.dumps(facts))
     check = call("check", "--json", models=trained_copy.root)
     assert check.returncode == 0, check.stdout
     parts = {finding["part"] for finding in json.loads(check.stdout)["findings"]}
-    assert parts == {"configuration", "production", "age", "figures", "last run", "disk"}
+    assert parts == {"configuration", "production", "market", "age", "figures", "last run", "disk"}
     assert "Fit to trade" in call("check").stdout
     events = json.loads(call("history", "--json").stdout)["events"]
     assert [event["kind"] for event in events] == ["promotion", "promotion"]

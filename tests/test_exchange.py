@@ -738,14 +738,3 @@ def test_the_folder_of_the_cache_is_named_by_a_variable(monkeypatch, tmp_path):
 
 def test_the_own_client_keeps_to_the_exchanges_rate(start):
     assert exchange_client("bitbank").enableRateLimit and exchange_client("kraken").rateLimit > 0
-
-
-def test_a_warm_cache_of_17_000_bars_is_read_in_a_fifth_of_a_second(start, fetch):
-    server = start("bitbank", bars=17_001)
-    fetch(server, client=Odd(server, lambda rows, since, limit, params: AFTER(rows, since)), place="odd:A/B:4h", days=5000)
-    seconds = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        history = fetch_candles("odd:A/B:4h", cache=fetch.folder, offline=True, clock=fetch.clock(server))
-        seconds.append(time.perf_counter() - begin)
-    assert len(history.candles) == 17_000 and min(seconds) < 0.2

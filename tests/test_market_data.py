@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from ml_ensemble import core
 from ml_ensemble.candles import OHLCV, check_ohlcv, ohlcv_columns
 from ml_ensemble.feature_manager import FeatureManager
-from ml_ensemble.candle_schema import REPAIRS, ohlcv_schema, quality_table, read_times, repair, tidy, validate
+from ml_ensemble.candle_columns import tidy
+from ml_ensemble.candle_schema import REPAIRS, ohlcv_schema, quality_table, repair, validate
+from ml_ensemble.candle_times import read_times
 from ml_ensemble.market_data import Market, load_candles
 from ml_ensemble.sandbox import best_skill, simulate_market, true_probability
 
@@ -116,7 +118,7 @@ FAULTS = {   # what happens to the table -> the error, and what its message must
     "text": (change(7, "close", "n/a!"), core.ColumnTypeError, r"row 7 \(2022-01-02 04:00:00\): close is 'n/a!'"),
     "time": (change(9, "date", "soon"), core.TimestampError, "row 9: the time 'soon'"),
     "no time": (lambda t: t.drop(columns="date"), core.TimestampError, "among .*'open'.* date, timestamp, time"),
-    "two times": (lambda t: t.assign(Date=1), core.TimestampError, r"duplicate column 'date' \(2 occurrences\)"),
+    "two times": (lambda t: t.assign(Date=t["date"]), core.TimestampError, r"duplicate column 'date' \(2 occurrences\)"),
     "no column": (lambda t: t.drop(columns="low"), core.MissingColumnError, "missing column 'low'"),
     "twice": (lambda t: t.assign(CLOSE=1.0), core.MissingColumnError, r"duplicate column 'close' \(2 occurrences\)"),
     "empty": (lambda t: t.iloc[:0], core.EmptyDataError, "no rows"),
@@ -231,10 +233,25 @@ def test_all_repairs_together_give_valid_candles(gone, doubled, incomplete, rand
             assert (mended.iloc[row] == part.iloc[row]).all()
 
 
-def test_the_later_duplicate_is_kept_whatever_lies_between():
-    again = pd.concat([CANDLES.iloc[:5], CANDLES.iloc[[1]].assign(volume=1.0), CANDLES.iloc[[1]].assign(volume=2.0)])
-    mended, log = repair(again, ["sort", "drop_duplicates"])
-    assert mended["volume"].iloc[1] == 2.0 and log["drop_duplicates"] == 2
+def test_of_a_partial_bar_and_its_final_one_the_final_is_kept_in_any_order():
+    bar = CANDLES.iloc[[1]]
+    partial = bar.assign(close=bar["open"], high=bar["open"] * 1.0001, low=bar["open"] * 0.9999, volume=bar["volume"] / 9)
+    for order in ([partial, bar], [bar, partial], [bar, partial, bar]):
+        mended, log = repair(pd.concat([CANDLES.iloc[:1], *order, CANDLES.iloc[2:5]]), ["sort", "drop_duplicates"])
+        pd.testing.assert_frame_equal(mended, CANDLES.iloc[:5], check_exact=True, check_freq=False)
+        assert log["drop_duplicates"] == len(order) - 1
+
+
+@pytest.mark.parametrize("other", [
+    lambda bar: bar.assign(close=bar["close"] * 1.001), lambda bar: bar / 5000, lambda bar: bar.assign(open=bar["low"]),
+    lambda bar: bar.assign(high=bar["high"] * 1.1, volume=bar["volume"] / 2)])
+def test_duplicates_that_contradict_each_other_are_refused_and_no_remedy_drops_one(tmp_path, other):
+    table = pd.concat([CANDLES.iloc[:5], other(CANDLES.iloc[[4]]), CANDLES.iloc[5:]])
+    with pytest.raises(core.DuplicateError, match="rows 4 and 5 .*contradict each other"):
+        repair(table, ["drop_duplicates"])
+    with pytest.raises(core.DuplicateError, match="contradict each other") as caught:
+        load(export(candles=table), tmp_path)
+    assert "data.repairs" not in caught.value.remedy
 
 
 def test_a_bar_off_the_grid_is_not_repaired_by_filling_gaps():

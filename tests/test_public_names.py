@@ -18,11 +18,13 @@ PUBLIC = {
         Blend BlendConfig BlendResult calibration_kind fit_blend fit_calibration learn_weights prob_of_true_class
         walk_forward_blend
     """,
-    "candle_files": "read_candle_file",
+    "candle_columns": "ReadOptions candles_of find_roles known_headings table_with_time tidy",
+    "candle_files": "FileLayout read_candle_files",
     "candle_schema": """
-        DataQuality REPAIRS REPEATED data_quality minute_text ohlcv_schema quality_table read_times repair
-        share_of_repeated_opens tidy validate
+        DataQuality REPAIRS REPEATED data_quality implausible_steps mend_rounding minute_text off_grid ohlcv_schema
+        quality_table repair share_of_repeated_opens validate
     """,
+    "candle_times": "TimeFormat are_times read_times",
     "candles": """
         CALENDARS MISSING_TIME NO_NUMBERS OHLCV PRICES Rule VALUE_RULES all_valid bar_interval bar_times check_ohlcv
         fault_of moment_of ohlcv_columns ohlcv_rules price_columns
@@ -32,7 +34,7 @@ PUBLIC = {
         production_periods production_record
     """,
     "classifier": "EnsembleClassifier",
-    "cli": "app audit_command backup check cli_main export history predict retrain_command rollback run_command",
+    "cli": "app audit_command backup candles_command check cli_main export history predict retrain_command rollback run_command",
     "compiled_trees": "SplitGraph compiled_loop split_graph",
     "config": """
         AuditSettings DataSettings EnsembleSettings EvaluationSettings FeatureSettings GateSettings LabelSettings
@@ -41,9 +43,9 @@ PUBLIC = {
         leaf_paths load_settings
     """,
     "core": """
-        ColumnTypeError ConfigError DataError DuplicateError EmptyDataError FeatureError GapError HighLowError
+        AmbiguousDataError ColumnTypeError ConfigError DataError DuplicateError EmptyDataError FeatureError GapError HighLowError
         InfiniteValueError IntegrityError LFSPointerError MLEnsembleError MarkdownRepr MissingColumnError MissingExtraError
-        MissingValueError ModelNotFoundError NegativeValueError NotATableError RetrainError StaleStoreError StoreError
+        MissingValueError ModelNotFoundError NegativeValueError NotATableError RetrainError StaleDataError StaleStoreError StoreError
         TimestampError TooShortError UnsafeModelError UnsortedError ValidationError canonical_json core_file
         find_project in_threads iso models_dir n_threads page_file project_root readable_json requires_extra sha256_hex
         sync_directory usable_cpus utc_now version_id write_atomic
@@ -83,7 +85,9 @@ PUBLIC = {
         CLASS_NAMES Decision LiveStream ServingState bar_interval_ns check_bars decide_bar decide_values read_history
         split_unfinished unfinished_bar warm_stream
     """,
-    "market_data": "Market load_candles",
+    "market_data": """
+        CandleReport Market bar_sample has_same_bars inspect_candles load_candles settings_of_source write_candles
+    """,
     "metrics": """
         accuracy calibration_error confusion_matrix f1_scores macro_f1 matthews_correlation mean_roc_auc one_hot
         precision_recall reliability_bins roc_auc row_brier row_log_loss skill_score weighted_f1
@@ -98,11 +102,11 @@ PUBLIC = {
         recipe_labels recipe_splitter threshold_objective training_set
     """,
     "retraining": """
-        Candidate LabelEconomics NO_NEW_BARS RetrainResult blend_table champion_recipe compare_with_production ensemble_gain
-        evaluate_blend evaluate_result execute fit_candidate gain_sentence get_market importance label_balance
-        label_economics learner_evaluations learner_table notebook_settings rarest_class reach_verdict reachable_skill
-        retrain run_audit run_backtest run_money_bridge run_overrides run_skill_sources split_overrides stage
-        trading_facts
+        Candidate LabelEconomics NO_NEW_BARS RetrainResult blend_table champion_recipe compare_with_production
+        ensemble_gain evaluate_blend evaluate_result execute fit_candidate gain_sentence get_market importance
+        label_balance label_economics learner_evaluations learner_table market_label notebook_settings
+        rarest_class reach_verdict reachable_skill retrain run_audit run_backtest run_money_bridge run_overrides
+        run_skill_sources split_overrides stage trading_facts
     """,
     "sandbox": "CLUSTERING QUOTED_SPREAD STRENGTH VOLATILITY bar_length best_skill signal simulate_market true_probability",
     "skill_sources": """
@@ -110,6 +114,7 @@ PUBLIC = {
         use_of_probabilities volatility_forecast volatility_inputs
     """,
     "trading_costs": "entry_delay known_spread net_returns plot_spread positions rolling_spread side_cost",
+    "text_tables": "TextLayout TextTable read_text_table",
     "training": "fit_all make_ensemble parity_error probe_artefact trained_proba verify_version",
     "tree_graph": "READERS Tree to_onnx",
     "validation": "CombinatorialPurgedSplit PurgedWalkForward assemble_paths block_edges index_ns walk_forward_splits",

@@ -76,7 +76,7 @@ def test_the_store_has_the_documented_layout(trained):
 
 
 def test_the_configuration_as_it_stands_passes_its_gate_on_the_documented_market(store, untraced):
-    outcome = run(store, base=())
+    outcome = run(store, base=("allow_simulated=true",))
     assert outcome.promoted, str(outcome.verdict)
     assert outcome.metadata["configuration"]["learners"]["xgboost"]["n_estimators"] == 900
     assert "skip_exec" not in outcome.report.with_suffix(".html").read_text()      # a note to nbdev_test, not to readers
@@ -323,9 +323,13 @@ def test_three_classes_and_triple_barrier_reach_production(tmp_path, sandbox, in
 def test_the_diagnosis_of_a_healthy_store_and_of_a_damaged_one(trained, trained_copy):
     store = trained[0]
     newest = datetime.fromisoformat(store.current()["data"]["to"])
-    assert diagnose(ModelStore(store.root, clock=lambda: newest + timedelta(days=13))).healthy
+    faults = lambda diagnosis: [finding.part for finding in diagnosis.findings if finding.status == "fault"]
+    assert faults(diagnose(ModelStore(store.root, clock=lambda: newest + timedelta(days=13)))) == ["market"]   # the sandbox
     old = diagnose(store)                                        # trained minutes ago, on candles of years ago
-    assert not old.healthy and [f.part for f in old.findings if f.status == "fault"] == ["age"]
+    assert not old.healthy and faults(old) == ["market", "age"]
+    path = trained_copy.production / "production_model_metadata.json"
+    path.write_text(path.read_text().replace('"source": "sandbox"', '"source": "file:candles.csv"'))
+    assert diagnose(ModelStore(trained_copy.root, clock=lambda: newest + timedelta(days=13))).healthy
     assert "days since the newest training bar" in next(f.seen for f in old.findings if f.part == "age")
     (trained_copy.production / "production_ensemble.pkl").write_bytes(b"damaged")
     sick = diagnose(trained_copy)
