@@ -49,7 +49,8 @@ def _normal_name(name: object) -> str:
 
 def _rank(role: str, name: str) -> int | None:
     "Position of the name among those of the role, 0 for the most specific; None if it is none of them."
-    plain = re.sub(r" (usdt?|eur|jpy|gbp|btc|in usd)$", "", name) if role in PRICES else name
+    suffix = {"time": r" (utc|gmt|est|edt|et|jst|cet|local)$"}.get(role, r" (usdt?|eur|jpy|gbp|btc|in usd)$")
+    plain = name if role == "volume" else re.sub(suffix, "", name)
     if plain in _ROLES[role]:
         return _ROLES[role].index(plain)
     return 50 if role == "volume" and re.match(r"(vol|volume|出来高)\b", name) and not _NOT_BASE.search(name) else None
@@ -172,9 +173,15 @@ def _volume_of(parsed: dict[int, np.ndarray], low: np.ndarray, high: np.ndarray)
     return None
 
 # %% ../nbs/23_candle_columns.ipynb #dc1aeebb
+_OFFSET = r"(?:[+-]\d\d:?\d\d|Z|UTC|GMT)\s*$"
+
 def _times(table: pd.DataFrame, roles: dict[str, int], form: TimeFormat) -> pd.DatetimeIndex:
     "Times of the rows; dates and times of day in two columns are joined."
-    values = table.iloc[:, roles["time"]]
+    values, heading = table.iloc[:, roles["time"]], _normal_name(table.columns[roles["time"]])
+    zone = re.search(r"\b(est|edt|et|cst|cdt|pst|pdt|jst|kst|hkt|ist|cet|cest|msk|local)$", heading)
+    if zone and form.zone is None and not types.is_numeric_dtype(values) and not values.astype(str).head(1).str.contains(_OFFSET).all():
+        raise AmbiguousDataError(f"the heading {table.columns[roles['time']]!r} names the zone {zone[1].upper()}, the times have none",
+                                 "Set data.timezone to the zone, e.g. America/New_York.")
     if "clock" not in roles:
         return read_times(values, form)
     clock = table.iloc[:, roles["clock"]].astype(str).str.strip()
@@ -272,13 +279,21 @@ def _time_roles(table: pd.DataFrame, names: list[tuple[str, ...]], options: Read
     candidates = _candidates(names, "time")
     times = [k for k in candidates if are_times(table.iloc[:, k].head(200), options.time)]
     nameless = [k for k, headings in enumerate(names) if re.fullmatch(r"|index|unnamed 0.*|level 0", _normal_name(headings[0]))]
-    times = times or [k for k in nameless if are_times(table.iloc[:, k].head(200), options.time)] or candidates[:1]
+    times = times or [k for k in nameless if are_times(table.iloc[:, k].head(200), options.time)]
+    times = times or _unnamed_times(table, names, options) or candidates[:1]
     if not times:
         return {}
     numeric = [k for k in times if types.is_numeric_dtype(table.iloc[:, k])]
     time = numeric[0] if numeric and len(times) > 1 else _pick("time", times, names)
     clocks = [k for k in _candidates(names, "clock") if k != time and _is_clock(table.iloc[:, k])]
     return {"time": time} | ({"clock": clocks[0]} if clocks and _is_date(table.iloc[:, time], options.time) else {})
+
+def _unnamed_times(table: pd.DataFrame, names: list[tuple[str, ...]], options: ReadOptions) -> list[int]:
+    "The only column of times among those without a known heading, not counting the closes of bars."
+    plain = [[_normal_name(name) for name in headings] for headings in names]
+    other = [k for k, headings in enumerate(plain) if not known_headings(headings) and not re.search(r"close|end", " ".join(headings))]
+    found = [k for k in other if are_times(table.iloc[:, k].head(200), options.time)]
+    return found if len(found) == 1 else []
 
 def _is_date(values: pd.Series, form: TimeFormat) -> bool:
     "Whether the first times of a column are midnights."

@@ -128,6 +128,8 @@ def _read_raw_file(
 ) -> _RawFile:
     "Read the table in a file; `DataError` names a missing, empty or unreadable file."
     path = Path(path).expanduser()
+    if path.is_dir():
+        raise DataError(f"{path.absolute()} is a folder", f"Name its files with a pattern, e.g. file:{path}/*.csv.")
     if not path.is_file():
         raise DataError(f"there is no file {path.absolute()}", "Check the path.")
     try:

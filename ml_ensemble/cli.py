@@ -159,12 +159,14 @@ def _plan(source: str | None, days: int | None, overrides: tuple[str, ...]) -> d
     texts = [*overrides, *run_overrides(source, days)]
     settings, paths = load_settings(texts), leaf_paths(core_tree())
     manager = feature_manager(settings)
-    candles, store = get_market(settings).candles, ModelStore()
+    market, store = get_market(settings), ModelStore()
+    candles = market.candles
     current = present_or_damaged(store)
     return {
         "state": {"production": current and current["version"], "created_at": current and current.get("created_at"),
                   "versions_archived": len(store.versions()), "models": str(store.root)},
-        "plan": {"source": settings.data.source, "bars": len(candles), "from": candles.index[0].isoformat(),
+        "plan": {"source": settings.data.source, "market": market.name or None, "notes": list(market.notes),
+                 "bars": len(candles), "from": candles.index[0].isoformat(),
                  "to": candles.index[-1].isoformat(), "labels": settings.labels.model_dump(),
                  "features": manager.get_feature_count(), "folds": settings.validation.n_splits,
                  "weights": settings.ensemble.weights.model_dump(),

@@ -124,9 +124,9 @@ def _steps_for(error: DataError, candles: pd.DataFrame, options: ReadOptions, ch
         yield from _zone_steps(options, checks, candles.index.asi8)
         yield add("sort")
     elif kind is DuplicateError:
+        yield from _zone_steps(options, checks, candles.index.asi8)
         if "drop_duplicates" not in repairs:
             yield add("drop_duplicates")
-        yield from _zone_steps(options, checks, candles.index.asi8)
     elif kind is MissingValueError and "drop_missing" not in repairs:
         yield add("drop_missing")
     elif kind is GapError:

@@ -404,3 +404,15 @@ def test_no_accepted_file_and_no_named_remedy_yields_a_bar_that_is_not_in_the_fi
                 check_bars(found, seed)
                 tried_remedies += 1
     assert accepted_files >= 2 and tried_remedies >= 3      # the test is not empty
+
+
+@pytest.mark.parametrize("heading, values, timezone", [
+    ("MTS", lambda: milliseconds(), None), ("Date (UTC)", lambda: TIME.strftime("%Y-%m-%d %H:%M"), None),
+    ("Zeitpunkt", lambda: TIME.strftime("%Y-%m-%d %H:%M"), None),
+    ("Time (EST)", lambda: TIME.tz_convert("Etc/GMT+5").strftime("%Y-%m-%d %H:%M"), "Etc/GMT+5"),
+    ("Local time", lambda: TIME.tz_convert("Asia/Tokyo").strftime("%d.%m.%Y %H:%M:%S.000 GMT+0900"), None)])
+def test_a_heading_of_times_may_be_unknown_but_a_zone_in_it_is_not_ignored(tmp_path, heading, values, timezone):
+    text = table(time=values()).rename(columns={"time": heading}).to_csv(index=False)
+    if timezone:
+        refused(tmp_path / "history.csv", text, core.AmbiguousDataError, "names the zone EST.*data.timezone")
+    same(accepted(tmp_path / "history.csv", text, timezone=timezone))
