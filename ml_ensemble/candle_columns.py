@@ -76,7 +76,7 @@ def _decimal_of(text: pd.Series) -> str | None:
     return None if commas.str.fullmatch(r"[-+]?[1-9]\d{0,2},\d{3}").all() else ","
 
 def _bare(values: pd.Series) -> tuple[pd.Series, pd.Series]:
-    "Text without spaces, currency signs and suffix, missing where it stands for no value; and the factor of the suffix."
+    "Text without spaces, currency signs and suffix, missing where it means no value; and the factor of the suffix."
     text = values.astype(str).str.strip().str.replace(r"^[¥￥$€£₿]\s*|\s*[¥￥$€£円]$", "", regex=True)
     text = text.mask(text.str.lower().isin(_MISSING) | values.isna())
     suffix = text.str.extract(r"[\d ]([kKmMbBtT])$", expand=False).str.lower()
@@ -153,7 +153,7 @@ def _order_of_prices(block: np.ndarray) -> dict[str, int]:
     rtol = 1e-9 * np.abs(block).max(initial=0)
     high = [k for k in range(4) if (block[:, k] >= block.max(axis=1, initial=-np.inf) - rtol).mean() > 0.99]
     low = [k for k in range(4) if (block[:, k] <= block.min(axis=1, initial=np.inf) + rtol).mean() > 0.99]
-    unclear = AmbiguousDataError("the columns of prices cannot be told apart by their values",
+    unclear = AmbiguousDataError("the values do not show which column is the open, high, low and close",
                                  "Set data.columns, e.g. {time: 0, open: 1, high: 2, low: 3, close: 4, volume: 5}.")
     if len(high) != 1 or len(low) != 1 or len(block) < 20:
         raise unclear

@@ -167,8 +167,8 @@ def _drop_duplicates(candles: pd.DataFrame) -> tuple[pd.DataFrame, int]:
                              f"each other: {column} is {one[column]:.10g} and {other[column]:.10g}",
                              "Find out which is right; drop_duplicates does not choose between them.")
     kept = rows.groupby("time")["row"].last()
-    gone = np.setdiff1d(duplicated, kept.to_numpy())
-    return candles[~np.isin(np.arange(len(candles)), gone)], len(gone)
+    dropped = np.setdiff1d(duplicated, kept.to_numpy())
+    return candles[~np.isin(np.arange(len(candles)), dropped)], len(dropped)
 
 def _drop_missing(candles: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     missing = candles.isna().any(axis=1)

@@ -106,15 +106,15 @@ def test_predictions_and_exports_are_those_of_the_version_in_production(call, tr
     assert (tmp_path / f"ml_ensemble_{facts['version']}.onnx").exists()
 
 
-@pytest.mark.parametrize("words, told", [
+@pytest.mark.parametrize("words, message", [
     (["retrain", "--set", "horizn=3"], "Did you mean horizon"), (["retrain", "--source", "ftp:x"], "data.source"),
     (["retrain", "--dry-run", "--source", "file:missing.csv"], "there is no file"),
     (["retrain", "--days", "0"], "Invalid value"), (["predict", "--version", "../x"], "is not a version"),
     (["export", "--to", "pmml"], "--to is 'pmml'"), (["export", "--version", "20200101-0001"], "There are: "),
     (["rollback"], "Missing option"), (["dance"], "No such command")])
-def test_a_wrong_call_prints_a_remedy_and_no_traceback(call, words, told):
+def test_a_wrong_call_prints_a_remedy_and_no_traceback(call, words, message):
     done = call(*words)
-    assert done.returncode in (1, 2) and told in done.stderr.replace("\n", " ") and "Traceback" not in done.stderr
+    assert done.returncode in (1, 2) and message in done.stderr.replace("\n", " ") and "Traceback" not in done.stderr
 
 
 def test_a_store_that_cannot_be_written_is_an_error_not_a_traceback(call, tmp_path, monkeypatch):
@@ -160,8 +160,8 @@ def test_an_interrupted_retrain_says_so_records_it_and_leaves_production(tmp_pat
     while not list((tmp_path / "models" / "reports").glob("*.ipynb")) and time.monotonic() < deadline:
         time.sleep(0.2)
     running.send_signal(signal.SIGTERM)
-    _, told = running.communicate(timeout=60)
-    assert running.returncode == 130 and "interrupted" in told
+    _, message = running.communicate(timeout=60)
+    assert running.returncode == 130 and "interrupted" in message
     events = [json.loads(line) for line in (tmp_path / "models/archive/history.jsonl").read_text().splitlines()]
     assert [event["kind"] for event in events] == ["failure"] and "interrupted" in events[0]["reason"]
     assert not list((tmp_path / "models" / ".staging").iterdir()) and not (tmp_path / "models/production").exists()

@@ -12,7 +12,7 @@ import pytest
 from conftest import hand_made_payload
 from ml_ensemble import FeatureManager, ProductionEnsemble, cli as command_line
 from ml_ensemble.base_learners import make_learners
-from ml_ensemble.candle_schema import read_times
+from ml_ensemble.candle_times import read_times
 from ml_ensemble.config import load_settings
 from ml_ensemble.core import (ColumnTypeError, DataError, DuplicateError, EmptyDataError, GapError, MissingColumnError,
                               MissingValueError, NotATableError, TimestampError, UnsortedError)
@@ -238,17 +238,17 @@ def test_a_replay_of_old_bars_does_not_depend_on_the_clock():
 # --- the same rules for tables ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change, error, told", [
+@pytest.mark.parametrize("change, error, message", [
     (lambda f: f.set_axis(pd.date_range("2024-01-01", periods=300, freq="1h", tz="UTC")), GapError,
      "60 minutes apart, those of the training data 240"),
     (lambda f: f.drop(f.index[70]), GapError, "row 70 .* 480 minutes after the previous bar, the others 240"),
     (lambda f: f.iloc[::-1], UnsortedError, "row 1 .* older"),
     (lambda f: pd.concat([f[:100], f[99:]]), DuplicateError, "row 100 .* twice")], ids=["length", "gap", "order", "twice"])
-def test_labelled_rows_follow_the_rules_of_the_stream(change, error, told):
+def test_labelled_rows_follow_the_rules_of_the_stream(change, error, message):
     features = FeatureManager().generate_features(market())
     wrong, model = change(features), by_hand()
     labels = (wrong["returns_1"] > 0).astype(int)
-    with pytest.raises(error, match=told):
+    with pytest.raises(error, match=message):
         model.validate_predictions(wrong, labels)
     assert model.validate_predictions(features, (features["returns_1"] > 0).astype(int))["accuracy"] == 1.0
 
@@ -275,40 +275,40 @@ def predict(tmp_path, monkeypatch, capsys):
 def test_predict_leaves_out_the_running_bar_and_says_so(predict):
     newest = pd.Timestamp.now(tz="UTC").floor("4h")
     candles = market(end=newest)
-    code, answer = predict(candles, "--rows", "2", "--json")
-    assert code == 0 and [row["time"] for row in answer["predictions"]] == [
+    code, output = predict(candles, "--rows", "2", "--json")
+    assert code == 0 and [row["time"] for row in output["predictions"]] == [
         (newest - 2 * STEP).isoformat(), (newest - STEP).isoformat()]
-    assert len(answer["notes"]) == 1 and "has not closed" in answer["notes"][0] and "left out" in answer["notes"][0]
+    assert len(output["notes"]) == 1 and "has not closed" in output["notes"][0] and "left out" in output["notes"][0]
     proba = by_hand().predict_proba(FeatureManager().generate_features(candles))[-3:-1, 1]
-    assert [row["probabilities"]["1"] for row in answer["predictions"]] == proba.round(6).tolist()
+    assert [row["probabilities"]["1"] for row in output["predictions"]] == proba.round(6).tolist()
     assert "left out" in predict(candles)[1].replace("\n", " ")
 
 
 @pytest.mark.parametrize("minutes", [60, 5])
 def test_predict_refuses_bars_of_another_length(predict, minutes):
     step = pd.Timedelta(minutes=minutes)
-    code, answer = predict(market(end=pd.Timestamp.now(tz="UTC").floor(step) - step, step=step), "--json")
-    assert code == 1 and answer["error"] == "GapError"
-    assert f"{minutes} minutes apart, those of the training data 240" in answer["problem"]
+    code, output = predict(market(end=pd.Timestamp.now(tz="UTC").floor(step) - step, step=step), "--json")
+    assert code == 1 and output["error"] == "GapError"
+    assert f"{minutes} minutes apart, those of the training data 240" in output["problem"]
 
 
 def test_predict_refuses_bars_of_the_future(predict):
-    code, answer = predict(market(end=pd.Timestamp.now(tz="UTC").floor("4h") + pd.Timedelta("400D")), "--json")
-    assert code == 1 and answer["error"] in ("TimestampError", "DataError")
+    code, output = predict(market(end=pd.Timestamp.now(tz="UTC").floor("4h") + pd.Timedelta("400D")), "--json")
+    assert code == 1 and output["error"] in ("TimestampError", "DataError")
 
 
 def test_predict_marks_bars_as_the_stream_does_and_names_old_ones(predict):
-    _, answer = predict(market(end="2020-05-01"), "--rows", "1", "--json")
-    assert "days old (2020-05-01 00:00)" in answer["notes"][0]
-    assert "1 of 1 bars are not newer than the newest training bar" in answer["notes"][1]
-    assert answer["predictions"][0]["reason"] == "" and answer["predictions"][0]["probabilities"]["1"] is not None
+    _, output = predict(market(end="2020-05-01"), "--rows", "1", "--json")
+    assert "days old (2020-05-01 00:00)" in output["notes"][0]
+    assert "1 of 1 bars are not newer than the newest training bar" in output["notes"][1]
+    assert output["predictions"][0]["reason"] == "" and output["predictions"][0]["probabilities"]["1"] is not None
     store = ModelStore()
     facts = store.current()
     facts["data"]["to"] = "2024-01-01T00:00:00+00:00"
     (store.production / "production_model_metadata.json").write_text(json.dumps(facts))
-    code, answer = predict(market(end=pd.Timestamp.now(tz="UTC").floor("4h") - STEP), "--rows", "2", "--json")
+    code, output = predict(market(end=pd.Timestamp.now(tz="UTC").floor("4h") - STEP), "--rows", "2", "--json")
     assert code == 0
-    for row in answer["predictions"]:
+    for row in output["predictions"]:
         assert "days since the newest training bar, the limit is 14" in row["reason"]
         assert set(row["probabilities"].values()) == {None} and row["decision"] == 0
     assert "expired" in predict(market(end=pd.Timestamp.now(tz="UTC").floor("4h") - STEP))[1]

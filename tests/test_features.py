@@ -181,24 +181,24 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("way", ["short", "compiled", "one of many"])
 def test_invalid_candles_raise_a_named_error_with_the_row(sandbox, fault, way, monkeypatch):
-    spoil_it, error, told = FAULTS[fault]
+    spoil_it, error, message = FAULTS[fault]
     candles = sandbox.iloc[:300].set_axis(pd.date_range("1999-01-03 07:00", periods=300, freq="4h", tz="UTC"))
     if way == "compiled":
         monkeypatch.setattr(indicators, "COMPILE_FROM", 1)
     bad = {"A": candles, "B": spoil_it(candles)} if way == "one of many" else spoil_it(candles)
     with pytest.raises(error) as caught:
         FeatureManager().generate_features(bad)
-    assert told in caught.value.problem and caught.value.remedy
+    assert message in caught.value.problem and caught.value.remedy
     assert caught.value.problem.startswith("market 'B': ") == (way == "one of many")
 
 
 @pytest.mark.parametrize("fault", ["NaN", "price 0", "high below low", "unsorted", "duplicate", "gap"])
 @pytest.mark.parametrize("by", [None, "market"])
 def test_a_long_table_names_the_market_and_the_row_in_it(sandbox, fault, by):
-    spoil_it, error, told = FAULTS[fault]
+    spoil_it, error, message = FAULTS[fault]
     candles = sandbox.iloc[:300].set_axis(pd.date_range("1999-01-03 07:00", periods=300, freq="4h", tz="UTC"))
     long = pd.concat({"A": candles, "B": spoil_it(candles)}, names=["market", "time"])
-    with pytest.raises(error, match=re.escape(f"market 'B': {told}")):
+    with pytest.raises(error, match=re.escape(f"market 'B': {message}")):
         FeatureManager().generate_features(long.reset_index("market") if by else long, by=by)
 
 
@@ -435,11 +435,11 @@ def test_a_broken_numba_is_replaced_by_plain_python(sandbox, fails, monkeypatch)
     monkeypatch.setattr(indicators, "COMPILE_FROM", 1)
     for module in (indicators, candles_module, feature_manager):
         monkeypatch.setattr(module, "compiled", fresh)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as message:
         warnings.simplefilter("always")
         made = FeatureManager().generate_features(sandbox)
     assert made.to_numpy().tobytes() == whole.to_numpy().tobytes()
-    assert ("No space left" in str([w.message for w in told])) == (fails == "always")
+    assert ("No space left" in str([w.message for w in message])) == (fails == "always")
 
 
 def test_the_fingerprint_depends_on_every_part_of_a_custom_feature():

@@ -457,16 +457,16 @@ def test_an_error_of_a_library_is_named_recorded_and_reported(store, monkeypatch
     assert store.history()[-1]["kind"] == "failure" and "Kernel didn't respond" in inbox[0]["message"]
 
 
-@pytest.mark.parametrize("words, told", [
+@pytest.mark.parametrize("words, message", [
     (["-p", "overrides", "labels.horizon=-3"], "ConfigError: labels.horizon"),
     (["-p", "days", "abc"], "ConfigError: parameter days is 'abc' of type str"),
     (["-y", "days: 2024-01-01"], "ConfigError: parameter days is"),
     (["-p", "day", "300"], "ConfigError: weekly_retrain.ipynb has no parameter 'day'")])
-def test_papermill_itself_gets_a_named_error_for_a_wrong_parameter(tmp_path, words, told):
+def test_papermill_itself_gets_a_named_error_for_a_wrong_parameter(tmp_path, words, message):
     done = subprocess.run([sys.executable, "-m", "papermill", "nbs/weekly_retrain.ipynb", str(tmp_path / "report.ipynb"),
                            "-p", "models", str(tmp_path / "models"), *words], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode != 0 and told in done.stderr
+    assert done.returncode != 0 and message in done.stderr
     assert not (tmp_path / "models").exists()
 
 

@@ -97,8 +97,8 @@ def test_a_replay_of_5000_real_bars_equals_the_batch_bit_by_bit(sp500, sp500_lea
     data, learners = sp500_learned[classes]
     made = make_ensemble(data, learners, WEIGHTS, 0.4, calibration=CALIBRATIONS[calibration], max_age_days=1e4,
                          range_margin=0.1)
-    told = {"data": {"to": data.features.index[-1].isoformat(), "calendar": "sessions"}, "version": "20200101-0001"}
-    model = restore_ensemble(read_payload(made.to_bytes()), told)
+    metadata = {"data": {"to": data.features.index[-1].isoformat(), "calendar": "sessions"}, "version": "20200101-0001"}
+    model = restore_ensemble(read_payload(made.to_bytes()), metadata)
     history = sp500.iloc[-5000:]
     assert len(history) == 5000
     table = FeatureManager("sessions").generate_features(history)
@@ -163,9 +163,9 @@ LIMIT = datetime(2025, 9, 13, 20, tzinfo=timezone.utc)       # 14 days after the
 
 def dated(clock, **more):
     payload = read_payload(sandbox_ensemble().to_bytes())
-    told = {"version": "20250901-0001", "created_at": "2025-09-01T00:00:00Z",
+    metadata = {"version": "20250901-0001", "created_at": "2025-09-01T00:00:00Z",
             "data": {"to": "2025-08-30T20:00:00+00:00"}}
-    return restore_ensemble(payload, {**told, **more}, clock=lambda: clock)
+    return restore_ensemble(payload, {**metadata, **more}, clock=lambda: clock)
 
 
 @pytest.mark.parametrize("time, clock, more, said", [
@@ -217,8 +217,8 @@ def test_every_column_has_limits_on_both_sides_and_they_are_inclusive():
         for value, inside in ((lowest[k], True), (highest[k], True), (np.nextafter(lowest[k], -np.inf), False),
                               (np.nextafter(highest[k], np.inf), False), (np.nan, False)):
             middle[k] = value
-            told = range_violation(model._state.loaded, middle)
-            assert (told == "") == inside and (inside or told.startswith(f"outside the training range: {name} is"))
+            reason = range_violation(model._state.loaded, middle)
+            assert (reason == "") == inside and (inside or reason.startswith(f"outside the training range: {name} is"))
 
 
 @pytest.mark.parametrize("name, value", [("returns_1", 3.0), ("atr_14", 0.0), ("close", 0.0), ("ema_50", 1e-9),
@@ -655,10 +655,10 @@ def test_metrics_of_labelled_rows_equal_those_of_scikit_learn(classes):
 def test_labels_that_do_not_fit_are_named_errors(model, features):
     labels = pd.Series(0, index=features.index)
     assert model.validate_predictions(features, labels)["skill"] is None           # one class only: there is no skill
-    for wrong, told in ((labels[:-1], "2999"), (labels.astype(float).where(labels.index != labels.index[7]), "row 7"),
+    for wrong, message in ((labels[:-1], "2999"), (labels.astype(float).where(labels.index != labels.index[7]), "row 7"),
                         (labels + 2, "classes are"), (labels.astype(str), "classes are"),
                         (labels.shift(freq="4h"), "different indexes"), (np.zeros((3000, 2), int), r"shape \(3000, 2\)")):
-        with pytest.raises(ValidationError, match=told):
+        with pytest.raises(ValidationError, match=message):
             model.validate_predictions(features, wrong)
     with pytest.raises(ValidationError, match="abstains on all 49"):
         model.validate_predictions(features[:49], labels[:49])
@@ -711,11 +711,11 @@ def test_the_exported_graph_passes_custom_features_through_and_lists_them():
     raw = data.features.to_numpy()
     assert session.get_inputs()[0].shape[1] == 13
     np.testing.assert_allclose(session.run(None, {"features": raw})[0], model.predict_proba(raw), atol=1e-6)
-    told = session.get_modelmeta().custom_metadata_map
-    assert json.loads(told["features"])[-1] == {"name": "spread_4", "unit": "ratio", "bars_back": 3,
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["features"])[-1] == {"name": "spread_4", "unit": "ratio", "bars_back": 3,
                                                 "formula": "highest high over lowest low of 4 bars, minus 1"}
-    assert told["fingerprint"] == wide.fingerprint and json.loads(told["classes"]) == [0, 1]
-    assert "float64" in told["how_to_feed"]
+    assert metadata["fingerprint"] == wide.fingerprint and json.loads(metadata["classes"]) == [0, 1]
+    assert "float64" in metadata["how_to_feed"]
 
 
 # --- what a stranger broke --------------------------------------------------------------------------------------------
