@@ -285,8 +285,23 @@ def _time_roles(table: pd.DataFrame, names: list[tuple[str, ...]], options: Read
         return {}
     numeric = [k for k in times if types.is_numeric_dtype(table.iloc[:, k])]
     time = numeric[0] if numeric and len(times) > 1 else _pick("time", times, names)
+    for other in times:
+        _check_agreement(table, names, time, other, options.time)
     clocks = [k for k in _candidates(names, "clock") if k != time and _is_clock(table.iloc[:, k])]
     return {"time": time} | ({"clock": clocks[0]} if clocks and _is_date(table.iloc[:, time], options.time) else {})
+
+# %% ../nbs/23_candle_columns.ipynb #a1441b6c
+def _check_agreement(table: pd.DataFrame, names: list[tuple[str, ...]], time: int, other: int, form: TimeFormat) -> None:
+    "AmbiguousDataError if two columns of times differ by more than the offset of a zone, or than times of day."
+    try:
+        one, two = (read_times(table.iloc[:, k].head(200), form) for k in (time, other))
+    except MLEnsembleError:
+        return
+    offset = np.unique((one - two) // pd.Timedelta(1, unit="ms"))
+    if (two == two.normalize()).all() or (len(offset) <= 2 and (offset % 900_000 == 0).all()):
+        return
+    raise AmbiguousDataError(f"the columns {names[time][0]!r} and {names[other][0]!r} have different times",
+                             f"Set data.columns={{time: {names[time][0]}}} or {{time: {names[other][0]}}}.")
 
 def _unnamed_times(table: pd.DataFrame, names: list[tuple[str, ...]], options: ReadOptions) -> list[int]:
     "The only column of times among those without a known heading, not counting the closes of bars."

@@ -73,7 +73,7 @@ def _checked(candles: pd.DataFrame, checks: _Checks) -> tuple[pd.DataFrame, dict
     return validate(candles, checks.calendar, checks.min_bars), {name: n for name, n in always.items() if n} | log
 
 # %% ../nbs/29_market_data.ipynb #25d73435
-_MAX_OFF_GRID, _MAX_FILL = 0.1, 0.5     # largest shares that a remedy may drop and add
+_MAX_OFF_GRID, _MAX_DROPPED, _MAX_FILL = 0.1, 0.2, 0.5     # largest shares that a remedy may drop, and add
 _SUMMER_TIMES = ("America/New_York", "Europe/Berlin", "Europe/London", "Australia/Sydney", "Asia/Jerusalem")
 
 def _is_closed_at_times(time: np.ndarray) -> bool:
@@ -127,7 +127,7 @@ def _steps_for(error: DataError, candles: pd.DataFrame, options: ReadOptions, ch
         yield from _zone_steps(options, checks, candles.index.asi8)
         if "drop_duplicates" not in repairs:
             yield add("drop_duplicates")
-    elif kind is MissingValueError and "drop_missing" not in repairs:
+    elif kind is MissingValueError and "drop_missing" not in repairs and candles.isna().any(axis=1).mean() <= _MAX_DROPPED:
         yield add("drop_missing")
     elif kind is GapError:
         yield from _gap_steps(options, checks, time)
@@ -161,6 +161,7 @@ def _search(load: _Load, read: Callable, error: DataError, options: ReadOptions,
 
 # %% ../nbs/29_market_data.ipynb #5473aa26
 _NO_REMEDY = {GapError: "Fetch the missing bars, or use longer bars: too many are missing to be filled.",
+              MissingValueError: "Fill the missing values at the source; too many rows are incomplete to be dropped.",
               UnsortedError: "Export the file again in the order of time.",
               NegativeValueError: "Prices at or below 0 have no returns: use another contract or an adjusted series, or a history that "
                                   "begins after them."}

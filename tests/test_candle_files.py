@@ -63,7 +63,7 @@ CSV = {   # layouts of public files, each written without this package
     "Binance klines with headings": lambda: klines().to_csv(index=False),
     "Kraken OHLCVT": lambda: table(time=milliseconds() // 1000, trades=7).to_csv(index=False, header=False),
     "CryptoDataDownload": lambda: "https://www.vendor.test\n" + table(time=milliseconds()).rename(columns={
-        "time": "unix", "volume": "Volume BTC"}).assign(date="2024-01-01 00:00:00", symbol="BTC/JPY", **{
+        "time": "unix", "volume": "Volume BTC"}).assign(date=TIME.strftime("%Y-%m-%d %H:%M:%S"), symbol="BTC/JPY", **{
             "Volume JPY": (CANDLES["volume"] * CANDLES["close"]).to_numpy()})[::-1].to_csv(index=False),
     "MetaTrader 5": lambda: pd.DataFrame({
         "<DATE>": TIME.strftime("%Y.%m.%d"), "<TIME>": TIME.strftime("%H:%M:%S"), "<OPEN>": CANDLES["open"], "<HIGH>": CANDLES["high"],
@@ -416,3 +416,16 @@ def test_a_heading_of_times_may_be_unknown_but_a_zone_in_it_is_not_ignored(tmp_p
     if timezone:
         refused(tmp_path / "history.csv", text, core.AmbiguousDataError, "names the zone EST.*data.timezone")
     same(accepted(tmp_path / "history.csv", text, timezone=timezone))
+
+
+def test_two_columns_of_times_that_disagree_need_a_choice(tmp_path):
+    path, later = tmp_path / "history.csv", table(timestamp=milliseconds() + 1)
+    refused(path, later.to_csv(index=False), core.AmbiguousDataError, "'timestamp' and 'time' have different times")
+    same(accepted(path, later.to_csv(index=False), columns={"time": "time"}))
+    local = table(time=TIME.tz_convert("Asia/Tokyo").strftime("%Y-%m-%d %H:%M"), unix=milliseconds())       # an offset of a zone
+    same(accepted(path, local.to_csv(index=False)))
+
+
+def test_a_column_without_values_is_no_reason_to_drop_every_row(tmp_path):
+    error = refused(tmp_path / "history.csv", table().assign(close="").to_csv(index=False), core.MissingValueError, "row 0 .*close is nan")
+    assert "drop_missing" not in error.remedy
