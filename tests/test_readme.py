@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ml_ensemble import cli as command_line
+from ml_ensemble.config import load_settings
 from scratch import PYTHON, ROOT, clean_environment, copy_repository, run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -18,6 +19,7 @@ BLOCKS = [(README[:match.start()].count("\n") + 2, match[1], match[2])
           for match in re.finditer(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)]
 # What a block may not do inside the tests, because it would run them again, install, or take minutes: `make` only shows it.
 ONLY_SHOWN = ("test", "install", "bench", "notebooks", "lock", "clean")
+NEEDS_NETWORK = "ccxt:"        # a block with such a source is not run: its commands and options are looked up
 # A retrain in seconds, by settings the README documents; the gate stays as configured.
 QUICK = {f"ML_ENSEMBLE_{name}": value for name, value in {
     "VALIDATION__N_SPLITS": "2", "EVALUATION__REPLICATIONS": "100", "AUDIT__CUTS": "1",
@@ -51,16 +53,20 @@ def variables(clone, **more):
 
 @pytest.mark.slow
 def test_every_code_block_runs_as_written_and_in_order(clone, monkeypatch):
-    assert {language for _, language, _ in BLOCKS} == {"bash", "python"} and len(BLOCKS) >= 5
+    assert {language for _, language, _ in BLOCKS} == {"bash", "python", "text"} and len(BLOCKS) >= 5
     monkeypatch.chdir(clone)
     for name, value in QUICK.items():
         monkeypatch.setenv(name, value)
     names, printed = {"__name__": "readme"}, ""
     for line, language, block in BLOCKS:
-        if language == "bash":
+        if language == "text":
+            assert block in printed, f"README.md, line {line} is not printed"
+        elif NEEDS_NETWORK in block:
+            continue
+        elif language == "bash":
             done = run("bash", "-e", "-o", "pipefail", "-c", block, cwd=clone, env=variables(clone, **QUICK))
             assert done.returncode == 0, f"README.md, line {line}:\n{block}\n{done.stdout}{done.stderr}"
-            printed += done.stdout
+            printed += re.sub(r" +$", "", done.stdout, flags=re.M)
         else:
             source = f"<README.md, line {line}>"           # inspect finds the source of functions by this name
             linecache.cache[source] = (len(block), None, block.splitlines(keepends=True), source)
@@ -81,6 +87,18 @@ def test_files_that_are_only_shown_exist_and_so_do_the_commands_of_the_tables():
     helped = run(PYTHON, "-m", "ml_ensemble.cli", "--help").stdout
     commands = set(re.findall(r"`ml-ensemble ([a-z]+)", README))
     assert commands and all(re.search(rf"\b{command}\b", helped) for command in commands)
+
+
+def test_commands_that_need_a_network_exist_with_their_options():
+    commands = [line.split() for _, _, block in BLOCKS if NEEDS_NETWORK in block for line in block.splitlines()]
+    assert commands
+    for program, command, *words in commands:
+        helped = run(PYTHON, "-m", "ml_ensemble.cli", command, "--help").stdout
+        assert program == ".venv/bin/ml-ensemble"
+        assert all(word in helped for word in words if word.startswith("--"))
+        settings = [text for option, text in zip(words, words[1:]) if option == "--set"]
+        source = next(word for word in words if word.startswith(NEEDS_NETWORK))
+        assert load_settings([f"data.source={source}", *settings]).data.source == source
 
 
 @pytest.mark.parametrize(("user", "flag"), [("0", True), ("1000", False)])
