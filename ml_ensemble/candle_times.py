@@ -23,7 +23,12 @@ _EPOCH_UNITS = ((1e8, 1e11, 10**9), (1e11, 1e14, 10**6), (1e14, 1e17, 10**3), (1
 
 def _epoch(values: pd.Series) -> pd.DatetimeIndex:
     "Convert numbers since 1970, in any of the four units, to UTC times; NaT where no unit fits."
-    numbers = values.to_numpy(np.int64 if types.is_integer_dtype(values) and not values.hasnans else np.float64)
+    whole = types.is_integer_dtype(values) and not values.hasnans
+    numbers = values.to_numpy(np.int64 if whole else np.float64)
+    if whole and len(numbers):
+        for low, high, factor in _EPOCH_UNITS:                       # whole numbers of one unit, without divisions
+            if low <= numbers.min() and numbers.max() < min(high, 2.0**63 / factor):
+                return pd.DatetimeIndex((numbers * factor).view("datetime64[ns]"), tz="UTC")
     nanoseconds = np.full(len(numbers), pd.NaT.value)
     for low, high, factor in _EPOCH_UNITS:
         inside = (numbers >= low) & (numbers < min(high, 2.0**63 / factor))

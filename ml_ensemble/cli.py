@@ -214,13 +214,17 @@ def candles_command(
 def _show_candles(report) -> None:
     "Print the layouts, the quality and the candles, or the error."
     out = _console()
-    for layout in report.layouts:
+    several = len(report.layouts) > 3
+    for layout in report.layouts[:1 if several else None]:
         table = Table(show_header=False, title=escape(layout.path), title_justify="left", title_style="bold")
         for name, value in layout.rows_of_table().items():
             table.add_row(name, escape(value))
         out.print(table)
+    if several:
+        out.print(f"and {len(report.layouts) - 1} more files, {sum(layout.rows for layout in report.layouts):,} rows in all")
     if report.quality is not None:
-        table = Table("rule", "rows", "first", "verdict", title=report.quality.headline(), title_justify="left")
+        out.print(report.quality.headline(), soft_wrap=True)
+        table = Table("rule", "rows", "first", "verdict")
         for name, row in report.quality.rules.iterrows():
             colour = "green" if row["verdict"] == "ok" else "bold yellow"
             table.add_row(name, f"{row['rows']:,}", str(row["first"])[:16].replace("NaT", ""), f"[{colour}]{row['verdict']}[/]")

@@ -21,7 +21,7 @@ from .core import ConfigError, canonical_json, core_file, find_project, requires
 
 with requires_extra():
     import yaml
-    from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+    from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
     from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError, YamlConfigSettingsSource
 
 from .learner_parameters import learners_with, own_name, own_names
@@ -44,7 +44,7 @@ class DataSettings(Section):
     calendar: Literal["continuous", "sessions"]
     market: str | None
     columns: dict[Literal["time", "clock", "open", "high", "low", "close", "volume", "symbol"], str | int]
-    symbol: str | None
+    symbol: Annotated[str, BeforeValidator(str)] | None        # some markets are named by numbers
     time_format: str | None
     timezone: str | None
     decimal: Literal[".", ","] | None
@@ -289,10 +289,10 @@ def _config_files() -> list[Path]:
 
 # %% ../nbs/21_config.ipynb #6d6f5337
 def leaf_paths(tree: dict, prefix: str = "") -> list[str]:
-    "Dotted paths of all values in a nested dictionary."
+    "Dotted paths of all values in a nested dictionary; an empty dictionary is a value."
     paths = []
     for key, value in tree.items():
-        paths += leaf_paths(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
+        paths += leaf_paths(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [f"{prefix}{key}"]
     return paths
 
 def core_tree() -> dict:
@@ -321,7 +321,8 @@ def expand_override(text: str, paths: list[str]) -> dict[str, object]:
     if not matched:
         raise ConfigError(f"there is no setting {key!r}", _nearest_setting(key, paths))
     try:
-        return dict.fromkeys(matched, yaml.safe_load(value))
+        parsed = value.strip() if value.strip()[:1] in ("%", ",") else yaml.safe_load(value)   # a format, a separator
+        return dict.fromkeys(matched, parsed)
     except yaml.YAMLError as error:
         raise ConfigError(f"the value of --set {text!r} is not YAML",
                           "For example: --set data.repairs=[sort]") from error

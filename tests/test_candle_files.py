@@ -429,3 +429,13 @@ def test_two_columns_of_times_that_disagree_need_a_choice(tmp_path):
 def test_a_column_without_values_is_no_reason_to_drop_every_row(tmp_path):
     error = refused(tmp_path / "history.csv", table().assign(close="").to_csv(index=False), core.MissingValueError, "row 0 .*close is nan")
     assert "drop_missing" not in error.remedy
+
+
+@pytest.mark.parametrize("text, name, value", [
+    ("data.columns={close: Kurs, time: 0}", "columns", {"close": "Kurs", "time": 0}),
+    ("data.symbol=BTC/USDT:USDT", "symbol", "BTC/USDT:USDT"), ("data.symbol=7203", "symbol", "7203"), ("data.time_format=%d/%m/%Y %H:%M", "time_format", "%d/%m/%Y %H:%M"),
+    ("data.timezone=America/New_York", "timezone", "America/New_York"), ("data.decimal=,", "decimal", ","),
+    ('data.decimal=","', "decimal", ","),
+    ("data.decimal=.", "decimal", "."), ("data.repairs=[drop_off_grid, fill_gaps]", "repairs", ["drop_off_grid", "fill_gaps"])])
+def test_the_settings_that_errors_name_are_accepted_as_they_are_written(text, name, value):
+    assert getattr(load_settings([text]).data, name) == value
