@@ -433,7 +433,8 @@ def test_a_column_without_values_is_no_reason_to_drop_every_row(tmp_path):
 
 @pytest.mark.parametrize("text, name, value", [
     ("data.columns={close: Kurs, time: 0}", "columns", {"close": "Kurs", "time": 0}),
-    ("data.symbol=BTC/USDT:USDT", "symbol", "BTC/USDT:USDT"), ("data.symbol=7203", "symbol", "7203"), ("data.time_format=%d/%m/%Y %H:%M", "time_format", "%d/%m/%Y %H:%M"),
+    ("data.symbol=BTC/USDT:USDT", "symbol", "BTC/USDT:USDT"), ("data.symbol=7203", "symbol", "7203"),
+    ("data.time_format=%d/%m/%Y %H:%M", "time_format", "%d/%m/%Y %H:%M"),
     ("data.timezone=America/New_York", "timezone", "America/New_York"), ("data.decimal=,", "decimal", ","),
     ('data.decimal=","', "decimal", ","),
     ("data.decimal=.", "decimal", "."), ("data.repairs=[drop_off_grid, fill_gaps]", "repairs", ["drop_off_grid", "fill_gaps"])])
