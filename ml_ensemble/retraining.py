@@ -30,7 +30,7 @@ from warnings import warn
 import numpy as np
 
 from ml_ensemble.core import (
-    ConfigError, MLEnsembleError, MarkdownRepr, MissingExtraError, RetrainError, core_file, find_project, iso,
+    ConfigError, MLEnsembleError, MarkdownRepr, MissingExtraError, RetrainError, StaleDataError, core_file, find_project, iso,
     page_file, readable_json, requires_extra, sha256_hex, write_atomic,
 )
 
@@ -390,7 +390,7 @@ def reach_verdict(settings: Settings, market: Market, *, data: TrainingSet, walk
         evaluation=evaluation, sources=sources, money=run_backtest(settings, walk, blended), samples=len(data),
         rarest=rarest_class(data, walk), versions=versions, recipes=recipes, artefact=candidate.artefact,
         problems=problems, changed=changed, accepted=accepted, request=request,
-        simulated=market.truth is not None and not settings.production.allow_simulated, more=_how_to_get_more(settings),
+        simulated=_is_simulated(market, label) and not settings.production.allow_simulated, more=_how_to_get_more(settings),
         threshold_remedy=_threshold_remedy(settings, walk, evaluation)), settings.gate)
 
 # %% ../nbs/51_retraining.ipynb #14693be3
@@ -413,6 +413,7 @@ def _package_versions() -> dict[str, str]:
     "Versions of Python and of the packages that affect the results."
     return {"python": platform.python_version(), **{name: installed_version(name) for name in _PACKAGES}}
 
+# %% ../nbs/51_retraining.ipynb #394b4d28
 def market_label(settings: Settings, market: Market, champion: dict | None) -> str:
     "Name of the market: that of the champion if its bars are the same, else the configured name or the source."
     recorded = (champion or {}).get("data")
@@ -421,11 +422,25 @@ def market_label(settings: Settings, market: Market, champion: dict | None) -> s
         return recorded.get("market") or recorded["source"]
     return market.name or settings.data.source
 
+def _is_simulated(market: Market, label: str) -> bool:
+    "Whether the candles are those of the sandbox, also if a file contains them."
+    return market.truth is not None or label == "sandbox"
+
+def _new_bars(candles: pd.DataFrame, market: str, champion: dict | None) -> int:
+    "Number of bars after the newest one that the champion was trained on; all if it was trained on another market."
+    recorded = (champion or {}).get("data")
+    if not isinstance(recorded, dict) or market not in (recorded.get("market"), recorded.get("source")):
+        return len(candles)
+    try:
+        return int((candles.index > pd.Timestamp(datetime.fromisoformat(recorded["to"]))).sum())
+    except (KeyError, TypeError, ValueError):
+        return len(candles)               # the record is damaged
+
 def _describe_data(settings: Settings, market: Market, data: TrainingSet, champion: dict | None) -> dict:
     "Market, hash, time range and label settings of the training data."
-    time = market.candles.index
-    return {"source": settings.data.source, "market": market_label(settings, market, champion),
-            "simulated": market.truth is not None, "sample": bar_sample(market.candles), "notes": list(market.notes),
+    time, name = market.candles.index, market_label(settings, market, champion)
+    return {"source": settings.data.source, "market": name, "new_bars": _new_bars(market.candles, name, champion),
+            "simulated": _is_simulated(market, name), "sample": bar_sample(market.candles), "notes": list(market.notes),
             **market.extra, "hash": market.data_hash, "bars": len(time), "samples": len(data),
             "from": time[0].isoformat(), "to": time[-1].isoformat(), "calendar": settings.data.calendar,
             "interval_minutes": bar_interval(time.as_unit("ns").asi8) / 6e10, "repairs": dict(market.repairs),
@@ -658,6 +673,8 @@ def _is_known(settings: Settings, current: dict, store: ModelStore) -> bool:
     try:
         verify_bytes(read_bytes(store.production / MODEL_FILE), current, MODEL_FILE)
         return get_market(settings).data_hash == current["data"]["hash"]
+    except StaleDataError:
+        raise                             # a run would ask the exchange again, and end like this
     except (MLEnsembleError, KeyError):
         return False                      # a run reports it, and keeps a report
 
@@ -681,7 +698,7 @@ def retrain(source: str | None = None, days: int | None = None, overrides: Seque
     Parameters
     ----------
     source : str, optional
-        `sandbox`, or `file:PATH`; by default as configured (`data.source`).
+        `sandbox`, `file:PATH` or `ccxt:EXCHANGE:SYMBOL:TIMEFRAME`; by default as configured (`data.source`).
     days : int, optional
         Number of newest days to use; by default as configured.
     overrides : sequence of str, or str
@@ -717,6 +734,9 @@ def retrain(source: str | None = None, days: int | None = None, overrides: Seque
     RetrainError
         A cell failed, for example because the candles cannot be used (the message contains the error), or the notebook
         could not be executed. The failure is recorded, an alert is sent, and production is unchanged.
+    StaleDataError
+        The newest bar of the exchange is older than `data.max_staleness`, and a version is in production, which is
+        unchanged. Without one the error is a RetrainError that contains this one.
     StoreError
         The store cannot be written, or another process promoted a version in the meantime.
     MissingExtraError
