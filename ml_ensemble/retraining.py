@@ -82,7 +82,7 @@ def label_balance(data: TrainingSet) -> pd.DataFrame:
     return pd.DataFrame({"label": data.classes, "meaning": [CLASS_NAMES[label] for label in data.classes], "bars": counts,
                          "share": [round(count / len(data), 4) for count in counts]}).set_index("label")
 
-# %% ../nbs/51_retraining.ipynb #23ae7113
+# %% ../nbs/51_retraining.ipynb #ee524c25
 _LEARNABLE = 10      # rows of a class in the first training part, from which a remedy is named
 
 def _first_part(settings: Settings, data: TrainingSet, first: int = 0) -> tuple[int, np.ndarray]:
@@ -120,7 +120,7 @@ def check_first_fold(settings: Settings, data: TrainingSet) -> None:
     raise DataError(f"the first fold would learn from {rows:,} bars up to {time[rows - 1]:%Y-%m-%d %H:%M} without {names}, "
                     f"which begins at {begin:%Y-%m-%d %H:%M}", remedy)
 
-# %% ../nbs/51_retraining.ipynb #66aabee4
+# %% ../nbs/51_retraining.ipynb #a2ebd91c
 def reachable_skill(settings: Settings, market: Market) -> str:
     "The best reachable skill on these labels, as a sentence; known for the sandbox only."
     labels = settings.labels
