@@ -360,13 +360,27 @@ def predict(
     settings = load_settings(["data.min_bars=100", *(set_ or ()), *run_overrides(source, days)])
     manager = feature_manager(settings)
     model = ProductionEnsemble(version, features=manager)
-    candles = get_market(settings).candles
-    count, unfinished = closed_bars(model, candles.index.as_unit("ns").asi8)
-    features = manager.generate_features(candles.iloc[:count]).iloc[-rows:]
+    market = get_market(settings)
+    count, unfinished = closed_bars(model, market.candles.index.as_unit("ns").asi8)
+    candles = market.candles.iloc[:count]
+    features = manager.generate_features(candles).iloc[-rows:]
     decisions = [model.predict_one(row, time=time) for time, row in zip(features.index, features.to_numpy())]
-    notes = (unfinished and f"{unfinished}; it was left out",
-             _stale(candles.index[count - 1], settings.production.max_age_days), _in_sample(model, features.index))
-    _show_predictions(model, candles.loc[features.index], decisions, [note for note in notes if note], as_json)
+    notes = (_SIMULATED * model.get_model_info()["simulated"],
+             unfinished and f"{unfinished}; it was left out", _unfinished_note(market),
+             _stale(candles.index[-1], settings.production.max_age_days), _in_sample(model, features.index))
+    _show_predictions(model, candles.loc[features.index], decisions, [note for note in notes if note],
+                      unfinished=len(market.candles) - count + market.repairs.get("unfinished", 0), as_json=as_json)
+
+# %% ../nbs/53_cli.ipynb #a061c53c
+_SIMULATED = "the version was trained on the simulated market of the sandbox: never fit to trade"
+
+def _unfinished_note(market) -> str:
+    "Note that the source ends with a bar that has not closed and was dropped when it was read; empty if it does not."
+    count, newest = market.repairs.get("unfinished", 0), market.candles.index[-1]
+    if not count:
+        return ""
+    what = "the newest bar of the source has" if count == 1 else f"the {count} newest bars of the source have"
+    return f"{what} not closed yet and {'was' if count == 1 else 'were'} left out; the newest closed bar is that of {newest:%Y-%m-%d %H:%M}"
 
 def _stale(newest, limit: float) -> str:
     "Note that the newest bar is older than the age limit of a model; empty if it is not."
@@ -379,7 +393,7 @@ def _in_sample(model, times) -> str:
     return f"{count} of {len(times)} bars are not newer than the newest training bar ({newest})" if count else ""
 
 # %% ../nbs/53_cli.ipynb #9ee48269
-def _show_predictions(model, candles, decisions: list, notes: list[str], as_json: bool) -> None:
+def _show_predictions(model, candles, decisions: list, notes: list[str], *, unfinished: int, as_json: bool) -> None:
     "Print bars with their probabilities, decisions and reasons for an abstention, and then the notes."
     number, info = {"sell": -1, "hold": 0, "buy": 1}, model.get_model_info()
     words = {value: word for word, value in number.items()}
@@ -394,8 +408,8 @@ def _show_predictions(model, candles, decisions: list, notes: list[str], as_json
         shown = ("–" if value is None else f"{value:.3f}" for value in p)
         table.add_row(f"{time:%Y-%m-%d %H:%M}", f"{close:,.10g}", *shown, decision.decision, escape(decision.reason))
     if as_json:
-        print(readable_json({"version": info["version"], "newest_training_bar": info["newest_bar"], "notes": notes,
-                             "predictions": rows}), end="")
+        print(readable_json({"version": info["version"], "newest_training_bar": info["newest_bar"],
+                             "simulated": info["simulated"], "unfinished": unfinished, "notes": notes, "predictions": rows}), end="")
         return
     _console().print(table)
     for note in notes:

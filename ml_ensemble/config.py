@@ -270,7 +270,7 @@ class Settings(BaseSettings):
         return f"<details><summary>All settings of this run</summary><pre>{text}</pre></details>"
 
 _FILES = ("base.yaml", "thresholds.yaml")
-_NOT_SETTINGS = {"ML_ENSEMBLE_ROOT", "ML_ENSEMBLE_MODELS", "ML_ENSEMBLE_ENV", "ML_ENSEMBLE_ALERT_URLS"}
+_NOT_SETTINGS = {f"ML_ENSEMBLE_{name}" for name in ("ROOT", "MODELS", "CACHE", "ENV", "ALERT_URLS")}
 
 # %% ../nbs/21_config.ipynb #633acb6c
 def _config_files() -> list[Path]:

@@ -710,9 +710,9 @@ def _add_notes(session: _Session, rows: np.ndarray, since: int, days: float | No
     if late > 0:
         session.notes.append(f"the exchange does not have the {late:,} newest finished candles yet")
 
-def _since(session: _Session, days: float | None) -> int:
-    step = session.place.step
-    return _EARLIEST if days is None else max(_EARLIEST, (session.now - int(days * _DAY)) // step * step)
+def _since(end: int, step: int, days: float | None) -> int:
+    "Start (ms) of the newest `days` before `end`, on a bar."
+    return _EARLIEST if days is None else max(_EARLIEST, (end - int(days * _DAY)) // step * step)
 
 def _cached_history(session: _Session, cache: _Cache, days: float | None, why: str, new_bars: int = 0) -> ExchangeHistory:
     "The history without the exchange; ExchangeUnavailableError where nothing is cached."
@@ -725,7 +725,7 @@ def _cached_history(session: _Session, cache: _Cache, days: float | None, why: s
     end = rows[-1, 0] + session.place.step
     session.notes.append(f"{why}: candles of the cache, asked for at {facts.get('fetched_at', 'an unknown time')}, the newest "
                          f"ended at {_candle_time(end)}, {max(0.0, session.now - end) / _UNITS['h']:.1f} h ago")
-    since = _since(session, days)
+    since = _since(min(session.now, int(end)), session.place.step, days)     # the newest days that there are, however old
     return _history(session, rows, cache, min(since, int(rows[-1, 0])), new_bars, offline=True)
 
 # %% ../nbs/28_exchange.ipynb #2d18e433
@@ -748,7 +748,7 @@ def _named_errors(place: _Place) -> Iterator[None]:
 def _run(session: _Session, cache: _Cache, days: float | None) -> ExchangeHistory:
     "One run under the lock; what was received is kept whatever happens."
     _open_market(session)
-    since = _since(session, days)
+    since = _since(session.now, session.place.step, days)
     cached, facts = _read_cache(cache)
     work = _Work(cached, facts, since)
     try:
@@ -780,7 +780,7 @@ def fetch_candles(
     place : str
         `EXCHANGE:SYMBOL:TIMEFRAME` in ccxt's names, such as `bitbank:BTC/JPY:4h`. Timeframes up to weeks.
     days : float, optional
-        Length of the history. By default all that the exchange has.
+        Length of the history, up to now or, from the cache alone, up to its newest candle. By default all that there is.
     cache : path, optional
         Folder of the cache, by default `cache_folder()`.
     offline : bool, default False

@@ -128,7 +128,7 @@ class LoadedModel:
     def simulated(self) -> bool:
         "Whether it was trained on simulated candles: it is not fit to trade."
         data = self.metadata.get("data")
-        return isinstance(data, dict) and data.get("source") == "sandbox"
+        return isinstance(data, dict) and "sandbox" in (data.get("source"), data.get("market"))
 
 # %% ../nbs/13_inference.ipynb #7010e7ec
 def open_payload(payload: dict, metadata: dict | None = None, features: FeatureManager | None = None) -> LoadedModel:

@@ -251,7 +251,7 @@ def _from_exchange(place: str, checks: _Checks, max_staleness: float | None, pro
     gaps = [[start.isoformat(), end.isoformat()] for start, end in history.gaps]
     notes = list(history.notes) + [f"gap from {start[:16]} to {end[:16]}" for start, end in gaps[-5:]]
     notes += [f"{len(history.revisions)} candles were revised by the exchange; the newest values are used"] * bool(history.revisions)
-    extra = {"gaps": gaps, "revisions": history.revisions, "new_bars": history.new_bars, "offline": history.offline,
+    extra = {"gaps": gaps, "revisions": history.revisions, "offline": history.offline,
              "fetched_at": history.fetched_at.isoformat(), "clock": history.clock_source}
     return Market(candles, f"ccxt:{place}", log, name=history.market, notes=tuple(notes + implausible_steps(candles)), extra=extra)
 

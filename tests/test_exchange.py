@@ -368,6 +368,8 @@ def test_without_network_a_warm_cache_is_returned_with_its_age(kind, start, fetc
     assert history.offline and history.new_bars == 0 and history.clock_source == "own clock"
     assert history.newest_age == pd.Timedelta(30, "h") + pd.Timedelta(1, "min")
     assert "cannot be reached" in history.notes[-1] and "30.0 h ago" in history.notes[-1]
+    server.now += 365 * 24 * HOUR
+    same(fetch(server, days=30, offline=True).candles, candles[-180:])         # the newest days that there are
 
 
 def test_without_network_and_without_cache_there_is_a_named_error(start, fetch):

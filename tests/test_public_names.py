@@ -102,8 +102,8 @@ PUBLIC = {
         recipe_labels recipe_splitter threshold_objective training_set
     """,
     "retraining": """
-        Candidate LabelEconomics NO_NEW_BARS RetrainResult blend_table champion_recipe compare_with_production
-        ensemble_gain evaluate_blend evaluate_result execute fit_candidate gain_sentence get_market importance
+        Candidate LabelEconomics NO_NEW_BARS RetrainResult blend_table champion_recipe check_first_fold
+        compare_with_production ensemble_gain evaluate_blend evaluate_result execute fit_candidate gain_sentence get_market importance
         label_balance label_economics learner_evaluations learner_table market_label notebook_settings
         rarest_class reach_verdict reachable_skill retrain run_audit run_backtest run_money_bridge run_overrides
         run_skill_sources split_overrides stage trading_facts

@@ -1,4 +1,6 @@
 """What a skill is made of: illusions are named on simulated markets, and on rare labels a verdict comes out."""
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -6,13 +8,14 @@ import pytest
 from ml_ensemble.backtest import backtest
 from ml_ensemble.champion import Comparison
 from ml_ensemble.config import load_settings
+from ml_ensemble.core import DataError
 from ml_ensemble.labels import forward_return_labels, next_returns, triple_barrier_labels
 from ml_ensemble.sandbox import simulate_market
 from ml_ensemble.quality_gate import GateInput, judge
 from ml_ensemble.recipe import blend_learners, training_set
 from ml_ensemble.recipe import out_of_fold
-from ml_ensemble.retraining import (blend_table, evaluate_result, fit_candidate, get_market, importance,
-                                    label_economics, learner_evaluations, rarest_class, reach_verdict, run_audit,
+from ml_ensemble.retraining import (blend_table, check_first_fold, evaluate_result, fit_candidate, get_market,
+                                    importance, label_economics, learner_evaluations, rarest_class, reach_verdict, run_audit,
                                     run_backtest, run_money_bridge, run_skill_sources, stage, trading_facts)
 from ml_ensemble.skill_sources import (SkillSources, above_zero, money_bridge, plot_waterfall, use_of_probabilities,
                                        volatility_inputs)
@@ -154,7 +157,30 @@ def quiet(bars, jumps=()):
     return table
 
 
-CASES = {"stablecoin": (quiet(4300), (), "not enough evidence"), "stablecoin, three": (quiet(4300), ("classes=3",), "not enough evidence"),
+def five_minutes(bars):
+    """Bars of 5 minutes with fat tails and slow changes of volatility: one in fifty rises by 0.3 %."""
+    rng = np.random.default_rng(11)
+    size = 0.0013 * np.exp(np.convolve(rng.normal(0, 0.5, bars + 99), np.ones(100) / 10, "valid") * 0.4)
+    close = 65_000 * np.exp(np.cumsum(rng.standard_t(4, bars) / np.sqrt(2) * size))
+    opens = np.r_[65_000, close[:-1]]
+    up, down = rng.exponential(0.4, (2, bars)) * size
+    return pd.DataFrame({"open": opens, "high": np.maximum(opens, close) * (1 + up), "low": np.minimum(opens, close) / (1 + down),
+                         "close": close, "volume": rng.lognormal(3, 0.7, bars)},
+                        index=pd.date_range("2024-01-01", periods=bars, freq="5min", tz="UTC", name="time"))
+
+
+def calm_beginning():
+    """Candles of the sandbox whose first 900 bars hardly move."""
+    candles = simulate_market(4300, seed=3)[0]
+    prices = np.log(candles[["open", "high", "low", "close"]])
+    calm = prices.iloc[:900] * 0.01
+    later = prices.iloc[900:] + (calm["close"].iloc[-1] - prices["close"].iloc[899])
+    return candles.assign(**np.exp(pd.concat([calm, later])))
+
+
+CASES = {"five minutes": (five_minutes(9000), ("calibration=platt",), "refused"),
+         "five minutes, learned": (five_minutes(4300), ("weighting=learned", "calibration=platt"), None),
+         "stablecoin": (quiet(4300), (), "not enough evidence"), "stablecoin, three": (quiet(4300), ("classes=3",), "not enough evidence"),
          "two buys": (quiet(4300, (2500, 4000)), (), "not enough evidence"),
          "two buys, three": (quiet(4300, (2500, 4000)), ("classes=3",), "not enough evidence"),
          "two buys, weighed": (quiet(4300, (2500, 4000)), ("class_weight=balanced", "early_stopping=5"), "not enough evidence"),
@@ -184,6 +210,20 @@ def test_a_verdict_is_reached_however_rare_a_class_is(candles, overrides, outcom
     trading = trading_facts(sources, result, money, economics)
     stage(settings, market, data=data, evaluation=evaluation, singles=singles, trading=trading, candidate=candidate,
           verdict=verdict, leakage=leakage, store=store, run_id="run")
+
+
+@pytest.mark.parametrize("classes, names", [(2, "without buy"), (3, "without sell .* and buy")])
+def test_a_class_that_is_absent_at_the_beginning_only_is_an_error_whose_remedies_help(classes, names, tmp_path):
+    calm_beginning().to_csv(tmp_path / "candles.csv")
+
+    def check(*more):
+        settings = load_settings([f"source=file:{tmp_path}/candles.csv", f"classes={classes}", "labels.threshold=0.01", *more])
+        check_first_fold(settings, training_set(settings, get_market(settings).candles))
+    with pytest.raises(DataError, match=f"{names} .*which begins at 2022-05-3") as caught:
+        check()
+    folds, days = re.findall(r"[a-z_.]+=\d+", caught.value.remedy)
+    assert folds == "validation.n_splits=3" and days.startswith("data.days=")
+    check(folds), check(days)
 
 
 FINE = {"parity_error": 0.0, "size_mb": 1.0, "memory_mb": 1.0, "latency_ms": 0.1}
