@@ -31,7 +31,7 @@ retrain: .venv/.installed ## Run the weekly retrain notebook; by default on the 
 export-check: .venv/.installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/check_export.py
 
-lint: .venv/.installed ## ruff on package, notebooks and tests; mypy on features, serving, candles and learning
+lint: .venv/.installed ## ruff on package, notebooks and tests; mypy on the package
 	@$(BIN)/ruff check --quiet ml_ensemble nbs tests
 	@$(BIN)/mypy --no-error-summary
 

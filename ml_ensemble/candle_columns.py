@@ -242,13 +242,13 @@ def _base_volume(table: pd.DataFrame, positions: list[int], close: int, options:
     for k in positions:
         for other in positions:
             if other != k and {k, other, close} <= set(parsed):
-                traded = (parsed[k] > 0) & (parsed[other] > 0)
+                both = (parsed[k] > 0) & (parsed[other] > 0)
                 with np.errstate(all="ignore"):
-                    ratio = np.median(parsed[other][traded] / (parsed[k][traded] * parsed[close][traded])) if traded.any() else 0
+                    ratio = np.median(parsed[other][both] / (parsed[k][both] * parsed[close][both])) if both.any() else 0
                 if 0.9 < ratio < 1.1:
                     return k
-    traded = [k for k in positions if k in parsed and np.nansum(parsed[k]) > 0]
-    return traded[0] if traded else positions[0]
+    used = [k for k in positions if k in parsed and np.nansum(parsed[k]) > 0]
+    return used[0] if used else positions[0]
 
 def _pick(role: str, positions: list[int], names: list[tuple[str, ...]]) -> int:
     "The best of several columns; MissingColumnError or TimestampError if two have the same heading."
