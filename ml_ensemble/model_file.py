@@ -116,9 +116,9 @@ class _Machine:
         self.place += size
         return self.program[self.place - size:self.place]
 
-    def number(self, layout: str):
+    def number(self, struct_format: str):
         "The next number."
-        return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
+        return struct.unpack(struct_format, self.take(struct.calcsize(struct_format)))[0]
 
     def since_mark(self) -> list:
         "What was put on the stack since the newest mark."
@@ -196,16 +196,16 @@ def _last(machine: _Machine, count: int) -> list:
     return values
 
 def _pushes(read):
-    "An instruction that puts on the stack what `read(machine)` answers."
+    "An instruction that puts on the stack what `read(machine)` returns."
     return lambda machine: machine.stack.append(read(machine))
 
-def _text_of(layout: str):
-    "A text behind its length."
-    return _pushes(lambda machine: str(machine.take(machine.number(layout)), "utf-8"))
+def _text_of(struct_format: str):
+    "A text after its length."
+    return _pushes(lambda machine: str(machine.take(machine.number(struct_format)), "utf-8"))
 
-def _bytes_of(layout: str):
-    "Bytes behind their length."
-    return _pushes(lambda machine: bytes(machine.take(machine.number(layout))))
+def _bytes_of(struct_format: str):
+    "Bytes after their length."
+    return _pushes(lambda machine: bytes(machine.take(machine.number(struct_format))))
 
 # %% ../nbs/11_model_file.ipynb #a1c05e07
 _INSTRUCTIONS = {

@@ -58,7 +58,7 @@ def test_next_months_file_is_the_same_market_and_another_market_must_be_asked_fo
     foreign = write(other, tmp_path / "other.csv")
     for name in ("", january):
         refused = run(foreign, replace_market=name, accept_change=True)
-        assert not refused.promoted and failed(refused) == ["unrequested changes of meaning"]
+        assert not refused.promoted and failed(refused) == ["unrequested changes of labels, features or market"]
         assert f"market {january} -> {foreign}" in criterion(refused, "unrequested").remedy
         assert f"--replace-market {foreign}" in criterion(refused, "unrequested").remedy
         assert refused.current == second.version
