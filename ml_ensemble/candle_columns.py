@@ -31,11 +31,11 @@ _NAMES = {
                年月日|時間|datum|fecha|data|日期|时间""",
     "clock": "time|clock|hour|時刻|時間|zeit|uhrzeit|hora|ora|heure",
     "open": """open|o|open price|opening price|price open|first|始値|始|開始値|eröffnung|erster|ouverture|apertura|abertura|
-               开盘|开盘价|open bid|bid open""",
-    "high": "high|h|high price|price high|max|高値|高|hoch|höchst|tageshoch|plus haut|máximo|maximo|massimo|最高|最高价|high bid|bid high",
-    "low": "low|l|low price|price low|min|安値|安|tief|tiefst|tagestief|plus bas|mínimo|minimo|最低|最低价|low bid|bid low",
+               开盘|开盘价""",
+    "high": "high|h|high price|price high|max|高値|高|hoch|höchst|tageshoch|plus haut|máximo|maximo|massimo|最高|最高价",
+    "low": "low|l|low price|price low|min|安値|安|tief|tiefst|tagestief|plus bas|mínimo|minimo|最低|最低价",
     "close": """close|c|close price|closing price|price close|close last|last|last price|price|終値|終|終値調整前|schluss|schlusskurs|
-                dernier|clôture|cierre|último|ultimo|chiusura|收盘|收盘价|close bid|bid close""",
+                dernier|clôture|cierre|último|ultimo|chiusura|收盘|收盘价""",
     "volume": "volume|v|vol|base volume|volume base|volumefrom|volume traded|quantity|qty|tickvol|tick volume|出来高|取引量|volumen|成交量",
     "symbol": "symbol|ticker|pair|instrument|market|asset|coin|code|銘柄|銘柄コード|isin|tic|name",
 }
@@ -49,7 +49,7 @@ def _normal_name(name: object) -> str:
 
 def _rank(role: str, name: str) -> int | None:
     "Position of the name among those of the role, 0 for the most specific; None if it is none of them."
-    suffix = {"time": r" (utc|gmt|est|edt|et|jst|cet|local)$"}.get(role, r" (usdt?|eur|jpy|gbp|btc|in usd)$")
+    suffix = {"time": r" (utc|gmt|est|edt|et|jst|cet|local)$"}.get(role, r" (usdt?|eur|jpy|gbp|in usd)$")
     plain = name if role == "volume" else re.sub(suffix, "", name)
     if plain in _ROLES[role]:
         return _ROLES[role].index(plain)
@@ -65,15 +65,15 @@ _MISSING = {"", "-", "--", "n/a", "#n/a", "na", "nan", "null", "none", "nat", "<
 _SCALE = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
 def _decimal_of(text: pd.Series) -> str | None:
-    "The decimal separator of numbers as text: `.`, `,`, or None if each could be meant."
-    marks = text.str.replace(r"[^,.]", "", regex=True)
-    for mark, other in ((",", "."), (".", ",")):
-        if marks.str.fullmatch(re.escape(other) + "+" + re.escape(mark) + "|" + re.escape(other) + "{2,}").any():
-            return mark
-    commas = text[marks == ","]
-    if not len(commas):
-        return "."
-    return None if commas.str.fullmatch(r"[-+]?[1-9]\d{0,2},\d{3}").all() else ","
+    "The decimal separator of numbers as text: `.`, `,`, or None if the values do not decide or contradict each other."
+    point = text.str.fullmatch(r"[-+]?(?:\d*\.(?:\d{1,2}|\d{4,})|0\.\d+|\d{1,3}(?:,\d{3})+\.\d+|\d{1,3}(?:,\d{3}){2,})").any()
+    comma = text.str.fullmatch(r"[-+]?(?:\d*,(?:\d{1,2}|\d{4,})|0,\d+|\d{1,3}(?:\.\d{3})+,\d+|\d{1,3}(?:\.\d{3}){2,})").any()
+    if point == comma:
+        return None if comma or text.str.contains(",").any() else "."
+    return "." if point else ","
+
+_GROUPS = {".": r"[-+]?(?:\d+|\d{1,3}(?:,\d{3})+)?(?:\.\d*)?(?:[eE][-+]?\d+)?",      # decimal separator -> its numbers
+           ",": r"[-+]?(?:\d+|\d{1,3}(?:\.\d{3})+)?(?:,\d*)?(?:[eE][-+]?\d+)?"}
 
 def _bare(values: pd.Series) -> tuple[pd.Series, pd.Series]:
     "Text without spaces, currency signs and suffix, missing where it means no value; and the factor of the suffix."
@@ -93,15 +93,18 @@ def _decimal_separator(
         return given
     texts = [_bare(column.dropna())[0].dropna() for column in columns if not types.is_numeric_dtype(column)]
     unclear = [text for text in texts if pd.to_numeric(text, errors="coerce").isna().any()]
-    if not unclear:
-        return "."
-    decimal = _decimal_of(pd.concat(unclear))
+    if not any(text.str.contains(",").any() for text in unclear) or any((column % 1).any() for column in columns
+                                                                       if types.is_float_dtype(column)):
+        return "."                                  # a column with a decimal point was read as numbers already
+    decimal = _decimal_of(pd.concat(texts))
     if decimal is None:
         example = next(text[text.str.contains(",")].iloc[0] for text in unclear if text.str.contains(",").any())
-        raise AmbiguousDataError(f"the comma of {example!r} may separate decimals or thousands",
+        raise AmbiguousDataError(f"the comma of {example!r} may separate decimals or thousands: the values do not decide, or "
+                                 "contradict each other",
                                  "Set data.decimal to \",\" or to \".\".")
     return decimal
 
+# %% ../nbs/23_candle_columns.ipynb #19280ddb
 def _numbers(
     column: pd.Series,            # (T,) numbers, or text of numbers
     time: pd.DatetimeIndex,       # (T,) of the rows, for the message
@@ -116,6 +119,7 @@ def _numbers(
         found, absent = pd.to_numeric(values, errors="coerce"), column.isna()
         if not types.is_numeric_dtype(values) and (decimal == "," or (found.isna() & ~absent).any()):
             text, factor = _bare(values)
+            text = text.where(text.isna() | text.str.fullmatch(_GROUPS[decimal]).eq(True), "?")      # 1,23,4 is no number
             text = text.str.replace("." if decimal == "," else ",", "", regex=False).str.replace(",", ".", regex=False)
             found, absent = pd.to_numeric(text, errors="coerce") * factor, text.isna()
     except TypeError as error:
@@ -147,22 +151,47 @@ def _is_clock(values: pd.Series) -> bool:
     return bool((pd.to_numeric(digits.str.zfill(6).str[:2]) < 24).all()) if len(digits) else True
 
 # %% ../nbs/23_candle_columns.ipynb #579b6894
-def _order_of_prices(block: np.ndarray) -> dict[str, int]:
-    "Positions of open, high, low and close among four columns of prices, (T, 4) float64; AmbiguousDataError if unclear."
+_UNCLEAR = AmbiguousDataError("the values do not show which column is the open, high, low and close",
+                              "Set data.columns, e.g. {time: 0, open: 1, high: 2, low: 3, close: 4, volume: 5}.")
+
+def _are_prices(block: np.ndarray) -> bool:
+    "Whether four columns, (T, 4) float64, can be the prices of bars: alike, one always the highest, one the lowest."
     block = block[np.isfinite(block).all(axis=1)][:5000]
-    rtol = 1e-9 * np.abs(block).max(initial=0)
-    high = [k for k in range(4) if (block[:, k] >= block.max(axis=1, initial=-np.inf) - rtol).mean() > 0.99]
-    low = [k for k in range(4) if (block[:, k] <= block.min(axis=1, initial=np.inf) + rtol).mean() > 0.99]
-    unclear = AmbiguousDataError("the values do not show which column is the open, high, low and close",
-                                 "Set data.columns, e.g. {time: 0, open: 1, high: 2, low: 3, close: 4, volume: 5}.")
-    if len(high) != 1 or len(low) != 1 or len(block) < 20:
-        raise unclear
-    first, second = (k for k in range(4) if k not in (high[0], low[0]))
+    if len(block) < 20 or (block <= 0).any():
+        return False
+    top, bottom = block.max(axis=1), block.min(axis=1)
+    extremes = [[((block[:, k] - end) == 0).mean() > 0.99 for k in range(4)] for end in (top, bottom)]
+    return bool((top / bottom < 1.5).mean() > 0.95 and all(sum(which) == 1 for which in extremes))
+
+def _price_columns(parsed: dict[int, np.ndarray]) -> list[int]:
+    "The four neighbouring columns that can be prices; AmbiguousDataError if there are none, or several."
+    places = list(parsed)
+    windows = [places[k:k + 4] for k in range(len(places) - 3)]
+    blocks = [(window, np.column_stack([parsed[k] for k in window])) for window in windows]
+    steps = sorted((_step_to_open(block), window) for window, block in blocks if _are_prices(block))
+    if not steps or (len(steps) > 1 and steps[0][0] > 0.8 * steps[1][0]):       # an average price may be beside the prices
+        raise _UNCLEAR
+    return steps[0][1]
+
+def _step_to_open(block: np.ndarray) -> float:
+    "Mean distance from a close to the next open, whichever of the two inner columns is which."
+    means = np.nanmean(block, axis=0)
+    first, second = np.argsort(means, kind="stable")[1:3]
+    return min(float(np.nanmean(np.abs(block[1:, a] - block[:-1, b]))) for a, b in ((first, second), (second, first)))
+
+def _order_of_prices(prices: dict[int, np.ndarray]) -> dict[str, int]:
+    "Which of four columns of prices is the open, high, low and close; AmbiguousDataError if unclear."
+    places = list(prices)
+    block = np.column_stack(list(prices.values()))
+    block = block[np.isfinite(block).all(axis=1)][:5000]
+    high = places[int((block == block.max(axis=1)[:, None]).mean(axis=0).argmax())]
+    low = places[int((block == block.min(axis=1)[:, None]).mean(axis=0).argmax())]
+    first, second = (places.index(k) for k in places if k not in (high, low))
     steps = [np.abs(block[1:, a] - block[:-1, b]).sum() for a, b in ((first, second), (second, first))]
     if not min(steps) < 0.8 * max(steps):
-        raise unclear
+        raise _UNCLEAR
     opens, closes = (first, second) if steps[0] < steps[1] else (second, first)
-    return {"open": opens, "high": high[0], "low": low[0], "close": closes}
+    return {"open": places[opens], "high": high, "low": low, "close": places[closes]}
 
 def _volume_of(parsed: dict[int, np.ndarray], low: np.ndarray, high: np.ndarray) -> int | None:
     "Position of the first of the columns that is not an average price within the bars; None if there is none."
@@ -215,15 +244,14 @@ def _roles_by_content(
     if time + 1 < count and _is_clock(table.iloc[:, time + 1]):
         roles["clock"] = time + 1
     parsed = _parsed(table, [k for k in range(count) if k not in roles.values()], options.decimal)
-    prices = list(parsed)[:4]
-    if len(prices) < 4:
+    if len(parsed) < 4:
         raise AmbiguousDataError(f"there are {len(parsed)} columns of numbers beside the time, at least 4 prices are needed",
                                  "Set data.columns, or data.decimal if the numbers have commas.")
-    when = _times(table, roles, options.time)
-    block = np.column_stack([parsed[k] for k in prices])
-    order = _order_of_prices(block[np.argsort(when.asi8, kind="stable")])          # many files begin with the newest bar
-    roles |= {name: prices[k] for name, k in order.items()}
-    volume = _volume_of({k: parsed[k] for k in list(parsed)[4:]}, parsed[roles["low"]], parsed[roles["high"]])
+    order = np.argsort(_times(table, roles, options.time).asi8, kind="stable")     # many files begin with the newest bar
+    prices = _price_columns({k: values[order] for k, values in parsed.items()})
+    roles |= _order_of_prices({k: parsed[k][order] for k in prices})
+    others = [k for k in parsed if k > max(prices)] + [k for k in parsed if k < min(prices)]
+    volume = _volume_of({k: parsed[k] for k in others}, parsed[roles["low"]], parsed[roles["high"]])
     return roles if volume is None else roles | {"volume": volume}
 
 # %% ../nbs/23_candle_columns.ipynb #4760dc13

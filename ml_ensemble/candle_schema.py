@@ -65,7 +65,7 @@ def validate(
         raise type(fault)(fault.problem, fault.remedy + (f" Also broken: {more}." if more else ""))
     if len(candles) < min_bars:
         raise TooShortError(f"there are {len(candles)} bars, the minimum is {min_bars}",
-                            "Load a longer history, or lower min_bars.")
+                            "Load a longer history" + (", or lower data.min_bars." if min_bars > 100 else "."))
     return candles
 
 # %% ../nbs/26_candle_schema.ipynb #fdbe806e
@@ -223,6 +223,7 @@ def repair(
     return candles, log
 
 # %% ../nbs/26_candle_schema.ipynb #399653ed
+_TYPICAL = np.log(1.5)                  # no market moves by this factor in its median bar
 _STEP, _DEVIATIONS = np.log(3), 20      # a step is reported above both: a factor of 3, and robust standard deviations
 
 def _price_steps(candles: pd.DataFrame) -> dict[str, np.ndarray]:
@@ -247,6 +248,9 @@ def implausible_steps(
             raise AmbiguousDataError(f"{len(rows):,} of {len(candles):,} opens are far from the close before: the prices of several "
                                      "markets alternate", "Name the column of instruments with data.columns={symbol: NAME} and "
                                      "choose one with data.symbol, or split the file.")
+        if np.median(step) > _TYPICAL:
+            raise AmbiguousDataError(f"in a typical bar, {text.format(ratio=np.exp(np.median(step)))}",
+                                     "The columns are not what they seem: set data.columns.")
         if len(rows):
             more = f", and {len(rows) - 1} more" if len(rows) > 1 else ""
             found.append(f"row {rows[0]} ({minute_text(candles.index[rows[0]])}): {text.format(ratio=np.exp(step[rows[0]]))}{more}")

@@ -149,7 +149,8 @@ def _search(load: _Load, read: Callable, error: DataError, options: ReadOptions,
         remains = error
         for changed in _steps_for(error, candles, options, checks):
             try:
-                return *changed, load(*changed)[1], None
+                candles, log = load(*changed)
+                return *changed, log | {"kept": len(candles)}, None
             except DataError as other:
                 if type(other) is not type(error) and changed[0] == options:     # a zone must remove every error
                     (options, checks), error = changed, other
@@ -183,9 +184,11 @@ def _with_remedy(load: _Load, read: Callable, error: DataError, options: ReadOpt
     _, _, also = error.remedy.partition(" Also broken: ")
     also = f" Also broken: {also}" if also else ""
     if remains is None:
-        counts = ", ".join(f"{name} {rows:,}" for name, rows in log.items() if rows and name not in ("rounding", "unfinished"))
+        counts = ", ".join(f"{name} {rows:,}" for name, rows in log.items() if rows and name in REPAIRS)
+        if new_checks.days != checks.days:
+            counts = f"it keeps {log['kept']:,} bars"
         return type(error)(error.problem, f"Set {changes} (tried{': ' + counts if counts else ''}).{also}")
-    own = _NO_REMEDY.get(type(remains), remains.remedy.partition(" Also broken: ")[0])
+    own = remains.remedy if "volume is" in remains.problem else _NO_REMEDY.get(type(remains), remains.remedy.partition(" Also broken: ")[0])
     if not changes or isinstance(remains, DuplicateError):               # two bars of one time: no other change helps
         return type(remains)(remains.problem, own + also)
     return type(error)(error.problem, f"Set {changes}. Then this remains: {remains.problem}. {own}{also}")

@@ -81,7 +81,7 @@ def _separator_of(lines: list[str]) -> tuple[str, int] | None:
     return None
 
 # %% ../nbs/24_text_tables.ipynb #b7ee1995
-def _headings_of(lines: list[str], separator: str, columns: int) -> tuple[list[list[str]], int]:
+def _headings_of(lines: list[str], separator: str, columns: int, last_is_empty: bool) -> tuple[list[list[str]], int]:
     "Headings among the lines before the data, each with one name for each column, and the number of lines before them."
     rows = [_split_line(line, separator) for line in lines]
     fitting = [k for k, row in enumerate(rows) if abs(len(row) - columns) <= 1]
@@ -90,8 +90,8 @@ def _headings_of(lines: list[str], separator: str, columns: int) -> tuple[list[l
     found = []
     for k in range(first, len(rows)):
         if k in fitting:
-            row = rows[k] if len(rows[k]) >= columns else ["", *rows[k]]     # the index column of R and pandas has no name
-            found.append(row[:columns])
+            short = [*rows[k], ""] if last_is_empty else ["", *rows[k]]      # the index column of R and pandas has no name
+            found.append((rows[k] if len(rows[k]) >= columns else short)[:columns])
     return found, first
 
 def _text_layout(
@@ -113,10 +113,15 @@ def _text_layout(
     separator, columns = known
     split = [_split_line(line, separator) for line in lines]
     start = next(k for k, row in enumerate(split) if len(row) == columns and _is_data(row))
-    headings, before = _headings_of(lines[:start], separator, columns)
+    changed = next((k for k in range(start) if any(_is_data(_split_line(lines[k], other)) for other in _SEPARATORS)), None)
+    if changed is not None:
+        raise DataError(f"the layout changes after line {start}: before it the lines are like {lines[changed][:60]!r}, from there "
+                        f"like {lines[start][:60]!r}", "Split the file there, or export it again.")
     rows = [row for row in split[start:start + 200] if len(row) == columns]
+    headings, before = _headings_of(lines[:start], separator, columns, all(not row[-1] for row in rows))
     texts = tuple(k for k in range(columns) if not all(_PLAIN.fullmatch(row[k]) for row in rows))
-    return TextLayout(separator, headings, before, start, columns, texts)
+    comma = any("," in row[k] and _NUMBER.fullmatch(row[k]) for row in rows for k in texts)
+    return TextLayout(separator, headings, before, start, columns, tuple(range(columns)) if comma else texts)
 
 # %% ../nbs/24_text_tables.ipynb #84341790
 @dataclass(frozen=True)

@@ -186,7 +186,7 @@ def test_what_the_values_leave_open_is_an_error_that_names_the_setting(tmp_path)
     same(accepted(path, short, time_format="%d/%m/%Y %H:%M"), first_days.rename_axis("time"))
     small = (CANDLES[list(PRICES)] / 10_000).round(3)
     texts = {name: [f"{value:.3f}".replace(".", ",") for value in small[name]] for name in PRICES}
-    commas = table().assign(**texts).to_csv(index=False, quoting=1)
+    commas = table().assign(**texts, volume=7).to_csv(index=False, quoting=1)
     refused(path, commas, core.AmbiguousDataError, "data.decimal")
     same(accepted(path, commas, decimal=",")[list(PRICES)], small)
     named = table().rename(columns={"close": "Kurs"}).to_csv(index=False)
@@ -440,3 +440,46 @@ def test_a_column_without_values_is_no_reason_to_drop_every_row(tmp_path):
     ("data.decimal=.", "decimal", "."), ("data.repairs=[drop_off_grid, fill_gaps]", "repairs", ["drop_off_grid", "fill_gaps"])])
 def test_the_settings_that_errors_name_are_accepted_as_they_are_written(text, name, value):
     assert getattr(load_settings([text]).data, name) == value
+
+
+def german(row: int, text: str) -> str:
+    lines = CSV["German spreadsheet"]().splitlines()
+    lines[row] = lines[row].rsplit(";", 1)[0] + ";" + text
+    return "\n".join(lines)
+
+
+def test_thousands_in_one_column_follow_the_decimals_of_the_others(tmp_path):
+    whole = CANDLES.assign(volume=np.arange(700) * 37.0 + 900)
+    rows = table(whole, time=TIME.strftime("%d.%m.%Y %H:%M")).assign(volume=[f"{v:,.0f}".replace(",", ".") for v in whole["volume"]])
+    same(accepted(tmp_path / "history.csv", rows.to_csv(index=False, sep=";", decimal=",")), whole)
+    american = table(whole).assign(volume=[f"{v:,.0f}" for v in whole["volume"]]).to_csv(index=False, quoting=1)
+    same(accepted(tmp_path / "history.csv", american), whole)
+
+
+def test_a_separator_of_thousands_that_makes_no_groups_is_no_number(tmp_path):
+    refused(tmp_path / "history.csv", german(50, "30002.91"), core.DataError, "contradict each other|volume is '30002.91'")
+    text = CSV["German spreadsheet"]()
+    refused(tmp_path / "history.csv", text, core.ColumnTypeError, "not a number", decimal=".")
+
+
+@pytest.mark.parametrize("row", [5, 100, 351, 600])
+def test_a_layout_that_changes_half_way_is_refused(tmp_path, row):
+    lines = table().to_csv(index=False).splitlines()
+    for changed in ([line.replace(",", ";") for line in lines[row:]], [line.replace(",", ",BTC,", 1) for line in lines[row:]]):
+        refused(tmp_path / "history.csv", "\n".join(lines[:row] + changed), core.DataError, "layout changes|fields, the others have|no separator")
+
+
+def test_columns_before_the_prices_are_not_taken_for_prices(tmp_path):
+    quote = (CANDLES["volume"] * CANDLES["close"]).to_numpy()
+    order = ("close", "high", "low", "open", "volume")
+    gate = pd.DataFrame({"t": milliseconds() // 1000, "quote": quote, **{name: CANDLES[name].to_numpy() for name in order},
+                         "done": "true"})
+    same(accepted(tmp_path / "gate.csv", gate.to_csv(index=False, header=False)))
+    numbered = table(time=milliseconds() // 1000).reset_index()
+    same(accepted(tmp_path / "numbered.csv", numbered.to_csv(index=False, header=False)))
+    heading, *lines = table().to_csv(index=False).splitlines()
+    trailing = "\n".join([heading, *(f"{line}," for line in lines)])
+    same(accepted(tmp_path / "trailing.csv", trailing))
+    with pytest.raises(core.DataError):
+        wrong = {"time": 0, "open": 1, "high": 1, "low": 4, "close": 2, "volume": 6}
+        load_candles(f"file:{tmp_path / 'gate.csv'}", columns=wrong)
