@@ -466,7 +466,8 @@ def test_a_separator_of_thousands_that_makes_no_groups_is_no_number(tmp_path):
 def test_a_layout_that_changes_half_way_is_refused(tmp_path, row):
     lines = table().to_csv(index=False).splitlines()
     for changed in ([line.replace(",", ";") for line in lines[row:]], [line.replace(",", ",BTC,", 1) for line in lines[row:]]):
-        refused(tmp_path / "history.csv", "\n".join(lines[:row] + changed), core.DataError, "layout changes|fields, the others have|no separator")
+        refused(tmp_path / "history.csv", "\n".join(lines[:row] + changed), core.DataError,
+                "layout changes|fields, the others have|no separator")
 
 
 def test_columns_before_the_prices_are_not_taken_for_prices(tmp_path):
