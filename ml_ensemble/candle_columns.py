@@ -174,10 +174,11 @@ def _price_columns(parsed: dict[int, np.ndarray]) -> list[int]:
     return steps[0][1]
 
 def _step_to_open(block: np.ndarray) -> float:
-    "Mean distance from a close to the next open, whichever of the two inner columns is which."
+    "Mean distance from a close to the next open as a share of the price, whichever of the two inner columns is which."
     means = np.nanmean(block, axis=0)
     first, second = np.argsort(means, kind="stable")[1:3]
-    return min(float(np.nanmean(np.abs(block[1:, a] - block[:-1, b]))) for a, b in ((first, second), (second, first)))
+    pairs = ((first, second), (second, first))
+    return min(float(np.nanmean(np.abs(block[1:, a] - block[:-1, b]))) for a, b in pairs) / float(means.mean())
 
 def _order_of_prices(prices: dict[int, np.ndarray]) -> dict[str, int]:
     "Which of four columns of prices is the open, high, low and close; AmbiguousDataError if unclear."
@@ -363,7 +364,7 @@ def find_roles(
         return _roles_by_content(table, options)
     roles = (_time_roles(table, names, options) if "time" not in given else {}) | given
     for role in (*PRICES, "symbol"):
-        left = [k for k in found[role] if k not in roles.values()]
+        left = [k for k in found[role] if k not in (roles.get("time"), roles.get("clock"))]     # a column may have two roles
         if role not in roles and left:
             roles[role] = _pick(role, left, names)
     volumes = [k for k in found["volume"] if k not in roles.values()]

@@ -484,3 +484,11 @@ def test_columns_before_the_prices_are_not_taken_for_prices(tmp_path):
     with pytest.raises(core.DataError):
         wrong = {"time": 0, "open": 1, "high": 1, "low": 4, "close": 2, "volume": 6}
         load_candles(f"file:{tmp_path / 'gate.csv'}", columns=wrong)
+
+
+def test_a_table_with_the_prices_of_two_markets_side_by_side_needs_a_choice(tmp_path):
+    other = simulate_market(bars=700, seed=6)[0] / 5000
+    wide = pd.DataFrame({"time": TIME, **{f"{name}_BTC": CANDLES[name].to_numpy() for name in OHLCV},
+                         **{f"{name}_ETH": other[name].to_numpy() for name in OHLCV}})
+    refused(tmp_path / "wide.csv", wide.to_csv(index=False), core.AmbiguousDataError, "data.columns")
+    same(accepted(tmp_path / "wide.csv", wide.to_csv(index=False), columns={name: f"{name}_BTC" for name in OHLCV}))
