@@ -328,8 +328,10 @@ def test_the_diagnosis_of_a_healthy_store_and_of_a_damaged_one(trained, trained_
     old = diagnose(store)                                        # trained minutes ago, on candles of years ago
     assert not old.healthy and faults(old) == ["market", "age"]
     path = trained_copy.production / "production_model_metadata.json"
-    real = path.read_text().replace('"source": "sandbox"', '"source": "file:candles.csv"')
-    path.write_text(real.replace('"simulated": true', '"simulated": false'))
+    real = path.read_text()
+    for key in ("source", "market"):
+        real = real.replace(f'"{key}": "sandbox"', f'"{key}": "file:candles.csv"')
+    path.write_text(real)
     assert diagnose(ModelStore(trained_copy.root, clock=lambda: newest + timedelta(days=13))).healthy
     assert "days since the newest training bar" in next(f.seen for f in old.findings if f.part == "age")
     (trained_copy.production / "production_ensemble.pkl").write_bytes(b"damaged")
