@@ -28,7 +28,7 @@ with requires_extra():
 
 # %% ../nbs/25_candle_files.ipynb #d75380db
 _HELP = "Export it again, as CSV, JSON, Parquet or Feather."
-_BROKEN = (OSError, ValueError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile, lzma.LZMAError, NotImplementedError)
+_BROKEN = (OSError, ValueError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile, lzma.LZMAError)
 
 def _unpack(data: bytes, name: str) -> tuple[bytes, str]:
     "Content and name of the file in an archive; other content unchanged."

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -264,11 +265,12 @@ def in_threads(work: Callable, jobs: list[tuple], threads: int) -> Iterator:
                 future.cancel()
 
 # %% ../nbs/00_core.ipynb #3835cf0e
-class MarkdownRepr:
+class MarkdownRepr(ABC):
     "Base of results that define `_repr_markdown_`: `repr` returns the same text. Dataclasses need `repr=False`."
 
+    @abstractmethod
     def _repr_markdown_(self) -> str:
-        raise NotImplementedError
+        "The table, in Markdown."
 
     def __repr__(self) -> str:
         return self._repr_markdown_()
