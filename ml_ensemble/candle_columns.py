@@ -231,13 +231,18 @@ def _parsed(table: pd.DataFrame, positions: list[int], decimal: str | None) -> d
             continue
     return parsed
 
+def _may_be_price(values: pd.Series) -> bool:
+    "Whether the first values are numbers as small as prices, although a spreadsheet's days are as small."
+    return bool((pd.to_numeric(values.head(200), errors="coerce") < 1e5).any())
+
 def _roles_by_content(
     table: pd.DataFrame,                 # any headings; rows as in the file
     options: ReadOptions = ReadOptions(),
 ) -> dict[str, int]:                     # role -> position of the column
     "Roles of the columns of a table without headings; AmbiguousDataError if the values do not decide."
     count = table.shape[1]
-    time = next((k for k in (0, *range(count - 1, 0, -1)) if are_times(table.iloc[:, k].head(200), options.time)), None)
+    times = [k for k in (0, *range(count - 1, 0, -1)) if are_times(table.iloc[:, k].head(200), options.time)]
+    time = next((k for k in times if not _may_be_price(table.iloc[:, k])), times[0] if times else None)
     if time is None:
         raise AmbiguousDataError(f"no column of the first row {table.iloc[0].tolist()[:8]!r} is a time",
                                  "Set data.columns, or data.time_format if one of them is a time.")
@@ -336,7 +341,7 @@ def _unnamed_times(table: pd.DataFrame, names: list[tuple[str, ...]], options: R
     "The only column of times among those without a known heading, not counting the closes of bars."
     plain = [[_normal_name(name) for name in headings] for headings in names]
     other = [k for k, headings in enumerate(plain) if not known_headings(headings) and not re.search(r"close|end", " ".join(headings))]
-    found = [k for k in other if are_times(table.iloc[:, k].head(200), options.time)]
+    found = [k for k in other if are_times(table.iloc[:, k].head(200), options.time) and not _may_be_price(table.iloc[:, k])]
     return found if len(found) == 1 else []
 
 def _is_date(values: pd.Series, form: TimeFormat) -> bool:

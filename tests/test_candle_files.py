@@ -492,3 +492,11 @@ def test_a_table_with_the_prices_of_two_markets_side_by_side_needs_a_choice(tmp_
                          **{f"{name}_ETH": other[name].to_numpy() for name in OHLCV}})
     refused(tmp_path / "wide.csv", wide.to_csv(index=False), core.AmbiguousDataError, "data.columns")
     same(accepted(tmp_path / "wide.csv", wide.to_csv(index=False), columns={name: f"{name}_BTC" for name in OHLCV}))
+
+
+def test_prices_as_large_as_the_days_of_a_spreadsheet_are_not_times(tmp_path):
+    dollars = CANDLES.assign(**{name: (CANDLES[name] / 120).round(2) for name in PRICES})          # about 40,000
+    texts = [[*map(str, row[:5]), time] for row, time in zip(dollars.to_numpy().tolist(), milliseconds().tolist())]
+    same(accepted(tmp_path / "bitbank.json", json.dumps(texts)), dollars)
+    bare = table(dollars, time=milliseconds())[[*OHLCV, "time"]].to_csv(index=False, header=False)
+    same(accepted(tmp_path / "bare.csv", bare), dollars)
