@@ -11,7 +11,9 @@ __all__ = ['Section', 'DataSettings', 'FeatureSettings', 'LabelSettings', 'Valid
 
 # %% ../nbs/21_config.ipynb #9382d4ca
 import os
-from collections.abc import Mapping
+import re
+import stat
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from html import escape
 from pathlib import Path
@@ -22,7 +24,8 @@ from .core import ConfigError, canonical_json, core_file, find_project, requires
 with requires_extra():
     import yaml
     from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-    from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError, YamlConfigSettingsSource
+    from pydantic_settings import (BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError,
+                                   YamlConfigSettingsSource)
 
 from .learner_parameters import learners_with, own_name, own_names
 
@@ -39,7 +42,7 @@ _Limit = Annotated[float, Field(ge=-1, le=1)]
 class DataSettings(Section):
     """Source and checks of the candles."""
     source: Annotated[str, Field(pattern=r"^(sandbox|file:.+|ccxt:[^:]+:.+:[^:]+)$")]
-    days: _Count | None
+    days: Annotated[int, Field(ge=1, le=100_000)] | None
     bar: Annotated[str, Field(pattern=r"^[1-9]\d*(min|h|D)$")]
     calendar: Literal["continuous", "sessions"]
     market: str | None
@@ -201,6 +204,91 @@ class ProductionSettings(Section):
     allow_simulated: bool
     min_free_disk_mb: _NonNegative
 
+# %% ../nbs/21_config.ipynb #21a00002
+_MAX_FILE, _MAX_TEXT = 1_000_000, 10_000        # bytes of a settings file, characters of one `--set` or one variable
+_MAX_DEPTH, _MAX_NODES, _MAX_DIGITS = 20, 10_000, 100
+_LEFT_OUT = ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:merge", "tag:yaml.org,2002:value")
+_RESOLVERS = {first: [(tag, pattern) for tag, pattern in resolvers if tag not in _LEFT_OUT]
+              for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+class _SettingsLoader(yaml.SafeLoader):
+    """YAML without anchors, tags, dates and duplicate keys; depth, number of values and length of numbers are bounded."""
+    yaml_implicit_resolvers = _RESOLVERS
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.depth = self.nodes = 0
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        problem = ("an anchor or alias is not allowed" if getattr(event, "anchor", None) else
+                   "a tag is not allowed" if getattr(event, "tag", None) else
+                   f"more than {_MAX_DEPTH} levels" if self.depth >= _MAX_DEPTH else
+                   f"more than {_MAX_NODES:,} values" if self.nodes >= _MAX_NODES else "")
+        if problem:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        self.depth, self.nodes = self.depth + 1, self.nodes + 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node, deep=False):
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            keys = [key.value for key, _ in node.value]
+            twice = next((key for key in keys if keys.count(key) > 1), keys[-1])
+            raise yaml.MarkedYAMLError(problem=f"duplicate key {str(twice)[:100]!r}", problem_mark=node.start_mark)
+        return mapping
+
+    def construct_scalar(self, node):
+        text = super().construct_scalar(node)
+        number = node.tag.endswith((":int", ":float"))
+        problem = (f"a number of {len(text):,} characters" if number and len(text) > _MAX_DIGITS else
+                   "a control character or half of a surrogate pair" if _CONTROL.search(text) else "")
+        if problem:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return text
+
+# %% ../nbs/21_config.ipynb #21a00003
+def _parse_yaml(text: str):
+    "The value of a YAML text; ValueError with the reason and the place."
+    try:
+        loader = _SettingsLoader(text)
+        return loader.get_single_data()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"{error.problem}{place}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(_shown(" ".join(str(error).split()), 200)) from error
+
+def _shown(text: str, limit: int = 100) -> str:
+    "The beginning of a text, for a message."
+    return text if len(text) <= limit else f"{text[:limit]} ... ({len(text):,} characters)"
+
+def _read_text(path: Path) -> str:
+    "Content of a settings file: a regular file of at most 1 MB, in UTF-8. OSError or ValueError otherwise."
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)          # opening a named pipe must not wait for its writer
+    with open(handle, "rb") as file:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is not a regular file")
+        if status.st_size > _MAX_FILE:
+            raise ValueError(f"it has {status.st_size:,} bytes, the limit is {_MAX_FILE:,}")
+        return file.read(_MAX_FILE + 1).decode("utf-8")
+
+def _read_yaml(path: Path) -> dict:
+    "Read a settings file: a mapping with text keys, in UTF-8."
+    try:
+        tree = _parse_yaml(_read_text(path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML in UTF-8 ({error})", "Restore it from git.") from error
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise ConfigError(f"{path} does not hold sections with names", "Restore it from git.")
+    return tree
+
 # %% ../nbs/21_config.ipynb #890de75c
 def _with_own_names(tree: dict) -> dict:
     "Rename the learner parameters of one layer to the names used here; parse texts of the environment as YAML."
@@ -218,17 +306,28 @@ def _parse_text(learner: str, name: str, value):
     if not isinstance(value, str) or name in getattr(declared, "model_fields", {}):
         return value
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the value {value!r} of {name} of {learner} is not YAML",
+        return _parse_yaml(value)
+    except ValueError as error:
+        raise ConfigError(f"the value {_shown(value)!r} of {name} of {learner} is not YAML of a setting ({error})",
                           "For example: [1, 0, 0].") from error
 
 # %% ../nbs/21_config.ipynb #d1646352
 class _YamlSource(YamlConfigSettingsSource):
     """A settings file whose learner parameters are renamed to the names used here."""
 
+    def _read_file(self, file_path) -> dict:
+        return _read_yaml(file_path)
+
     def __call__(self) -> dict:
         return _with_own_names(super().__call__())
+
+class _EnvironmentSource(EnvSettingsSource):
+    """The environment; its lists and mappings are read by the same loader."""
+
+    def decode_complex_value(self, field_name, field, value):
+        if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+            return _parse_yaml(value)
+        return super().decode_complex_value(field_name, field, value)
 
 # %% ../nbs/21_config.ipynb #9e347803
 class Settings(BaseSettings):
@@ -262,7 +361,8 @@ class Settings(BaseSettings):
                                    file_secret_settings):
         "Sources by decreasing precedence: overrides, environment variables, overlay, core files."
         files = (_YamlSource(settings_cls, yaml_file=path) for path in reversed(_config_files()))
-        renamed = (lambda source=source: _with_own_names(source()) for source in (init_settings, env_settings))
+        sources = (init_settings, _EnvironmentSource(settings_cls))
+        renamed = (lambda source=source: _with_own_names(source()) for source in sources)
         return (*renamed, *files)
 
     def _repr_html_(self) -> str:
@@ -273,18 +373,29 @@ _FILES = ("base.yaml", "thresholds.yaml")
 _NOT_SETTINGS = {f"ML_ENSEMBLE_{name}" for name in ("ROOT", "MODELS", "CACHE", "ENV", "ALERT_URLS")}
 
 # %% ../nbs/21_config.ipynb #633acb6c
+def _core_path(name: str) -> Path:
+    "A core file: that of the project, whatever it is, before the copy in the package."
+    root = find_project()
+    own = root / "config" / "core" / name if root else None
+    return own if own and os.path.lexists(own) else core_file(name)
+
+def _overlay_folder(name: str) -> Path:
+    "The folder of the overlay that `ML_ENSEMBLE_ENV` names."
+    root = find_project()
+    folder = root / "config" if root else None
+    if folder and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name) and (folder / name).is_dir():
+        return folder / name
+    entries = folder.iterdir() if folder and folder.is_dir() else []
+    known = ", ".join(sorted(path.name for path in entries if path.is_dir() and path.name != "core")) or "none"
+    raise ConfigError(f"ML_ENSEMBLE_ENV is {_shown(name)!r}, but there is no config/{_shown(name)} in {root or 'a project'}",
+                      f"Available: {known}. ML_ENSEMBLE_ROOT names the folder that contains config/.")
+
 def _config_files() -> list[Path]:
     "Paths of the settings files, lowest precedence first."
-    paths = [core_file(name) for name in _FILES]
+    paths = [_core_path(name) for name in _FILES]
     if name := os.environ.get("ML_ENSEMBLE_ENV"):
-        root = find_project()
-        folder = root / "config" if root else None
-        if folder is None or not (folder / name).is_dir():
-            entries = folder.iterdir() if folder and folder.is_dir() else []
-            known = ", ".join(sorted(path.name for path in entries if path.is_dir() and path.name != "core")) or "none"
-            raise ConfigError(f"ML_ENSEMBLE_ENV is {name!r}, but there is no config/{name} in {root or 'a project'}",
-                              f"Available: {known}. ML_ENSEMBLE_ROOT names the folder that contains config/.")
-        paths += [path for path in (folder / name / file for file in _FILES) if path.is_file()]
+        folder = _overlay_folder(name)
+        paths += [path for path in (folder / file for file in _FILES) if os.path.lexists(path)]
     return paths
 
 # %% ../nbs/21_config.ipynb #6d6f5337
@@ -297,34 +408,33 @@ def leaf_paths(tree: dict, prefix: str = "") -> list[str]:
 
 def core_tree() -> dict:
     "Keys and values of the core files."
-    trees = [_read_yaml(path) for path in _config_files()]
-    return {key: value for tree in trees[:len(_FILES)] for key, value in tree.items()}
-
-def _read_yaml(path: Path) -> dict:
-    "Read a settings file: a mapping with text keys, in UTF-8."
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML in UTF-8 ({error})", "Restore it from git.") from error
-    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
-        raise ConfigError(f"{path} does not hold sections with names", "Restore it from git.")
-    return tree
+    trees = [_read_yaml(path) for path in _config_files()[:len(_FILES)]]
+    return {key: value for tree in trees for key, value in tree.items()}
 
 # %% ../nbs/21_config.ipynb #772c51e9
 def expand_override(text: str, paths: list[str]) -> dict[str, object]:
     "`key=value` as {full path: value}, one entry for each setting that it applies to."
+    if len(text) > _MAX_TEXT:
+        raise ConfigError(f"--set {_shown(text)!r} is too long", f"The limit is {_MAX_TEXT:,} characters.")
     key, equals, value = text.partition("=")
     key = key.strip()
     if not equals or not key:
-        raise ConfigError(f"--set {text!r} is not key=value", "For example: --set labels.horizon=3")
+        raise ConfigError(f"--set {_shown(text)!r} is not key=value", "For example: --set labels.horizon=3")
     matched = [path for path in paths if path == key or path.endswith("." + key)] or _learner_path(key)
     if not matched:
-        raise ConfigError(f"there is no setting {key!r}", _nearest_setting(key, paths))
+        raise ConfigError(f"there is no setting {_shown(key)!r}", _nearest_setting(key, paths))
+    return dict.fromkeys(matched, _override_value(text, value))
+
+def _override_value(text: str, value: str):
+    "The value of `--set text`; a format of times and a separator are no YAML and are taken as they are."
     try:
-        parsed = value.strip() if value.strip()[:1] in ("%", ",") else yaml.safe_load(value)   # a format, a separator
-        return dict.fromkeys(matched, parsed)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the value of --set {text!r} is not YAML",
+        if value.strip()[:1] in ("%", ","):
+            if _CONTROL.search(value):
+                raise ValueError("a control character or half of a surrogate pair")
+            return value.strip()
+        return _parse_yaml(value)
+    except ValueError as error:
+        raise ConfigError(f"the value of --set {_shown(text)!r} is not YAML of a setting ({error})",
                           "For example: --set data.repairs=[sort]") from error
 
 # %% ../nbs/21_config.ipynb #3493982b
@@ -356,38 +466,56 @@ def _nested(flat: dict[str, object]) -> dict:
     return tree
 
 def _check_environment() -> None:
-    "Raise ConfigError for a variable with the prefix of a setting that names none: it would be ignored silently."
+    "Raise ConfigError for a variable with the prefix of a setting that names none (it would be ignored), or cannot be read."
     sections = {name.upper() for name in Settings.model_fields}
-    for name in os.environ:
-        if name.startswith("ML_ENSEMBLE_") and name not in _NOT_SETTINGS:
-            section = name.removeprefix("ML_ENSEMBLE_").split("__")[0].upper()
-            if section not in sections:
-                raise ConfigError(f"the environment variable {name} names no setting",
+    for name, value in os.environ.items():
+        if not name.upper().startswith("ML_ENSEMBLE_"):
+            continue
+        shown = _shown(name.encode("ascii", "backslashreplace").decode())
+        if name not in _NOT_SETTINGS:
+            section = name[len("ML_ENSEMBLE_"):].split("__")[0].upper()
+            if section not in sections or len(name) > 200:
+                raise ConfigError(f"the environment variable {shown} names no setting",
                                   "Write ML_ENSEMBLE_<SECTION>__<KEY>, for example ML_ENSEMBLE_LABELS__HORIZON.")
+        if _CONTROL.search(value) and name != "ML_ENSEMBLE_ALERT_URLS":
+            raise ConfigError(f"the environment variable {shown} holds a control character or bytes that are not UTF-8",
+                              "Set it again as plain text.")
+        if len(value) > _MAX_TEXT and name != "ML_ENSEMBLE_ALERT_URLS":
+            raise ConfigError(f"the environment variable {shown} has {len(value):,} characters", f"The limit is {_MAX_TEXT:,}.")
 
 # %% ../nbs/21_config.ipynb #7a4e99b7
 def _explain(error: ValidationError) -> ConfigError:
-    "Convert a pydantic error to a ConfigError."
-    messages = []
-    for fault in error.errors():
+    "Convert a pydantic error to a ConfigError; the first ten messages."
+    messages, faults = [], error.errors(include_url=False)
+    for fault in faults[:10]:
         if not fault["loc"]:                     # concerns several settings, which the message contains
             messages.append(fault["msg"].removeprefix("Value error, "))
             continue
-        path = ".".join(str(part) for part in fault["loc"])
-        value = "" if fault["type"] in ("missing", "extra_forbidden") else f" (found {fault['input']!r})"
+        path = _shown(".".join(str(part) for part in fault["loc"]))
+        value = "" if fault["type"] in ("missing", "extra_forbidden") else f" (found {_shown(repr(fault['input']))})"
         problem = {"extra_forbidden": "is no setting", "missing": "is missing"}.get(fault["type"], fault["msg"])
         messages.append(f"{path}: {problem}{value}")
+    messages += [f"and {len(faults) - 10:,} more"] if len(faults) > 10 else []
     return ConfigError("; ".join(messages), "Correct the value in config/, the environment or --set.")
+
+def _check_overrides(overrides: Iterable[str]) -> list[str]:
+    "The overrides as a list, at most 1,000 of them."
+    texts = list(overrides)
+    if len(texts) > 1000 or sum(map(len, texts)) > 10 * _MAX_TEXT:
+        raise ConfigError(f"{len(texts):,} overrides of {sum(map(len, texts)):,} characters",
+                          f"The limits are 1,000 overrides and {10 * _MAX_TEXT:,} characters; write a file in config/ instead.")
+    return texts
 
 def load_settings(overrides: list[str] | tuple[str, ...] = ()) -> Settings:
     "The settings of this run; `overrides` are `key=value` texts, the layer with the highest precedence."
     _check_environment()
-    paths = leaf_paths(core_tree())
-    flat = {key: value for text in overrides for key, value in expand_override(text, paths).items()}
+    texts, paths = _check_overrides(overrides), leaf_paths(core_tree())
+    flat = {key: value for text in texts for key, value in expand_override(text, paths).items()}
     try:
         return Settings(**_nested(flat))
     except ValidationError as error:
         raise _explain(error) from error
-    except SettingsError as error:
-        raise ConfigError(str(error), "Write lists and nested values of environment variables as JSON: [\"sort\"]."
-                          ) from error
+    except (SettingsError, RecursionError) as error:
+        reason = f" ({error.__cause__})" if isinstance(error.__cause__, ValueError) else ""
+        raise ConfigError(_shown(f"{error}{reason}", 500),
+                          "Write lists and nested values of environment variables as JSON: [\"sort\"].") from error

@@ -30,6 +30,7 @@ class MLEnsembleError(Exception):
     """Base of every error the product raises: `problem` says what was found, `remedy` what to do."""
 
     def __init__(self, problem: str, remedy: str):
+        problem, remedy = problem[:2000], remedy[:2000]
         super().__init__(problem, remedy)
         self.problem, self.remedy = problem, remedy
 

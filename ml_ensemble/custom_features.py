@@ -8,16 +8,17 @@ __all__ = ['Window', 'CustomFeature', 'custom_feature', 'WindowBuffer', 'custom_
 # %% ../nbs/03_custom_features.ipynb #d25f8902
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
+from importlib import import_module, invalidate_caches
 from types import CodeType, FunctionType, ModuleType
 from typing import NamedTuple
 
 import numpy as np
 
 from .candles import OHLCV, moment_of
-from .core import ConfigError, FeatureError, sha256_hex
+from .core import ConfigError, FeatureError, find_project, sha256_hex
 
 # %% ../nbs/03_custom_features.ipynb #9ef88252
 class Window(NamedTuple):
@@ -210,15 +211,33 @@ def custom_columns(buffer: WindowBuffer, columns: dict[str, np.ndarray]) -> np.n
     return np.array(rows).reshape(-1, len(buffer.features))
 
 # %% ../nbs/03_custom_features.ipynb #93c00878
-def load_custom(reference: str) -> CustomFeature:
-    "The custom feature named by `module:name`."
-    module, _, name = reference.partition(":")
+@contextmanager
+def _project_last() -> Iterator[None]:
+    "Within the block, modules are also found in the project folder, after all others."
+    root = find_project()
+    place = str(root) if root else None
+    if place:
+        sys.path.append(place)
+        invalidate_caches()
     try:
-        feature = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"the custom feature {reference!r} cannot be found ({error})",
-                          "Name it as module:name of a module that can be imported from here (PYTHONPATH), "
-                          "such as my_features:range_12.") from error
+        yield
+    finally:
+        if place and place in sys.path:
+            del sys.path[len(sys.path) - 1 - sys.path[::-1].index(place)]
+
+def load_custom(reference: str) -> CustomFeature:
+    "The custom feature named by `module:name`, of an installed module, one of PYTHONPATH or one in the project folder."
+    module, _, name = reference.partition(":")
+    if not (name.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+        raise ConfigError(f"the custom feature {reference[:200]!r} cannot be found",
+                          "Name it as module:name, such as my_features:range_12.")
+    try:
+        with _project_last():
+            feature = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
+        raise ConfigError(f"the custom feature {reference[:200]!r} cannot be found ({error})",
+                          "Name it as module:name of a module in the project folder, of an installed package or of "
+                          "PYTHONPATH, such as my_features:range_12.") from error
     if not isinstance(feature, CustomFeature):
         raise ConfigError(f"{reference} is a {type(feature).__name__}, no custom feature",
                           "Declare it with @custom_feature(window=[left, 0]).")

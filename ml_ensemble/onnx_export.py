@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import IntegrityError, requires_extra, write_atomic
+from .core import FeatureError, IntegrityError, requires_extra, write_atomic
 
 with requires_extra():
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
+from .config import load_settings
 from .custom_features import load_custom
 from .ensemble import ProductionEnsemble, canary_rows
 from .inference import LoadedModel, range_limits
@@ -189,11 +190,36 @@ def export_onnx(ensemble: ProductionEnsemble, path: str | Path) -> Path:
                              "Nothing was written; use the version itself.")
     return write_atomic(path, model)
 
-def load_with_custom(version: str | None = None, store: ModelStore | None = None) -> ProductionEnsemble:
-    "A version with the custom features that its metadata name."
+def load_with_custom(version: str | None = None, store: ModelStore | None = None,
+                     custom: Sequence[str] | None = None) -> ProductionEnsemble:
+    "A version with its custom features, if `custom` (by default the configuration) declares them; FeatureError if not."
     store = store or ModelStore()
     facts, _ = store.read(version)
-    named = facts.get("configuration", {}).get("features", {}).get("custom", ())
-    calendar = (facts.get("data") or {}).get("calendar", "continuous")
+    named = _custom_names(facts)
+    declared = list(custom if custom is not None or not named else load_settings().features.custom)
+    if any(name not in declared for name in named):
+        raise FeatureError(f"version {facts['version']} was trained with the custom features {_listed(named)}; the "
+                           f"configuration declares {_listed(declared)}",
+                           "Declare them in features.custom; names in the metadata of a version are not imported.")
+    data = facts.get("data")
+    calendar = data.get("calendar", "continuous") if isinstance(data, dict) else "continuous"
     manager = FeatureManager(calendar, [load_custom(reference) for reference in named])
     return ProductionEnsemble(version, store, manager)
+
+def _custom_names(facts: dict) -> list[str]:
+    "The custom features that the metadata of a version name; IntegrityError if they are no list of texts."
+    section = facts
+    for name in ("configuration", "features"):
+        section = section.get(name) or {}
+        if not isinstance(section, dict):
+            break
+    named = section.get("custom") or [] if isinstance(section, dict) else None
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise IntegrityError(f"the metadata of version {facts['version']} have no list of custom features",
+                             "Restore them from git or a backup.")
+    return named
+
+def _listed(names: Sequence[str] | None) -> str:
+    "At most ten names, for a message."
+    shown = ", ".join(repr(name[:100]) for name in list(names or ())[:10])
+    return f"{shown} and {len(names) - 10} more" if names and len(names) > 10 else shown or "none"

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .base_learners import Fitting, encode, fit_learner, predict_learner
-from .core import IntegrityError, in_threads
+from .core import FeatureError, IntegrityError, in_threads
 from .ensemble import ProductionEnsemble, metadata_beside, restore_ensemble
 from .feature_manager import input_names, scale_free
 from .inference import calibrate, in_limits, range_limits, training_range
@@ -102,7 +102,11 @@ def probe_artefact(path: str | Path, custom: Sequence[str] = ()) -> dict:
                              "Read the report of the retrain; production was not changed.")
     return json.loads(result.stdout)
 
-def verify_version(path: str | Path) -> dict:
-    "Probe an archived version with the custom features listed in its metadata."
+def verify_version(path: str | Path, custom: Sequence[str] = ()) -> dict:
+    "Probe an archived version with the custom features that the configuration declares."
     configuration = (metadata_beside(Path(path)) or {}).get("configuration", {})
-    return probe_artefact(path, configuration.get("features", {}).get("custom", ()))
+    named = configuration.get("features", {}).get("custom", ())
+    if undeclared := [name for name in named if name not in custom]:
+        raise FeatureError(f"the version was trained with the custom features {undeclared}, the configuration declares {custom}",
+                           "Declare them in features.custom.")
+    return probe_artefact(path, named)

@@ -103,6 +103,7 @@ class ModelStore:
     def __init__(self, root: str | Path | None = None, clock: Callable[[], datetime] = utc_now):
         self.root, self.clock = Path(root) if root else models_dir(), clock
         self.production, self.archive = self.root / "production", self.root / "archive"
+        self.last_change: dict | None = None
 
     def current(self) -> dict | None:
         """Metadata of the version in production; the model is not read.
@@ -476,6 +477,7 @@ def install(store: ModelStore, model: bytes, metadata: dict) -> None:
             raise
         warn(f"version {metadata['version']} is in production, but the disk did not confirm it ({error})",
              RuntimeWarning, stacklevel=2)
+    store.last_change = metadata
     _record_change(store, metadata)
 
 def _record_change(store: ModelStore, metadata: dict) -> None:
