@@ -234,7 +234,7 @@ def load_custom(reference: str) -> CustomFeature:
     try:
         with _project_last():
             feature = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
+    except Exception as error:                      # also one that the module raises while it is imported
         raise ConfigError(f"the custom feature {reference[:200]!r} cannot be found ({error})",
                           "Name it as module:name of a module in the project folder, of an installed package or of "
                           "PYTHONPATH, such as my_features:range_12.") from error

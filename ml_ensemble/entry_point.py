@@ -6,6 +6,7 @@
 __all__ = ['main']
 
 # %% ../nbs/54_entry_point.ipynb #9c027dab
+import os
 import sys
 
 from .core import MissingExtraError, readable_json
@@ -17,12 +18,19 @@ def main() -> None:
         from ml_ensemble.cli import cli_main as command_line
     except MissingExtraError as error:
         sys.exit(_report_missing(error, "--json" in sys.argv))
+    except KeyboardInterrupt:
+        print("interrupted. Production was not changed.", file=sys.stderr)
+        sys.exit(130)
     command_line()
 
 def _report_missing(error: MissingExtraError, as_json: bool) -> int:
     "Print the missing extra as text or JSON; returns the exit code."
-    if as_json:
-        print(readable_json({"error": type(error).__name__, "problem": error.problem, "remedy": error.remedy}), end="")
-    else:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    try:
+        if as_json:
+            document = {"error": type(error).__name__, "problem": error.problem, "remedy": error.remedy}
+            print(readable_json(document), end="", flush=True)
+        else:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    except OSError:                               # Python would flush again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return 2

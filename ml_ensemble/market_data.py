@@ -263,9 +263,14 @@ def _read_options(settings: Mapping) -> ReadOptions:
     form = TimeFormat(settings.get("time_format"), settings.get("timezone"))
     return ReadOptions(settings.get("columns") or {}, settings.get("symbol"), form, settings.get("decimal"))
 
+_MAX_SIMULATED = 5_000_000       # bars
+
 def _from_sandbox(checks: _Checks, bar: str, **simulation) -> Market:
     "Candles of a simulated market."
-    bars = (checks.days or 1100) * pd.Timedelta(1, unit="D") / bar_length(bar)
+    bars = (checks.days or 1100) * (pd.Timedelta(1, unit="D") / bar_length(bar))
+    if bars > _MAX_SIMULATED:
+        raise ConfigError(f"the sandbox would simulate {bars:,.0f} bars", f"The limit is {_MAX_SIMULATED:,}: use fewer data.days or "
+                          "a longer data.bar.")
     candles, truth = simulate_market(int(bars), bar=bar, **simulation)
     candles, log = _checked(candles, replace(checks, now=None))
     return Market(candles, "sandbox", log, truth, name="sandbox")
@@ -449,7 +454,7 @@ class CandleReport(MarkdownRepr):
                 "candles": market and {"market": market.name or None, "bars": len(market.candles), "hash": market.data_hash,
                                        "from": market.candles.index[0].isoformat(), "to": market.candles.index[-1].isoformat(),
                                        "repairs": market.repairs, "notes": list(market.notes)},
-                "error": error and {"error": type(error).__name__, "problem": error.problem, "remedy": error.remedy}}
+                "error": error and type(error).__name__, "problem": error and error.problem, "remedy": error and error.remedy}
 
     def _repr_markdown_(self) -> str:
         parts = [*self.layouts, self.quality, self.market]

@@ -6,6 +6,7 @@
 __all__ = ['send_alert', 'HealthCheck', 'Diagnosis', 'diagnose', 'version_table', 'plot_versions', 'plot_recent']
 
 # %% ../nbs/50_monitoring.ipynb #69aa88f4
+import logging
 import os
 import shutil
 from dataclasses import asdict, dataclass
@@ -33,19 +34,29 @@ def send_alert(title: str, body: str, kind: str = "info") -> bool:
     urls = os.environ.get("ML_ENSEMBLE_ALERT_URLS", "").split()
     if not urls:
         return False
+    reasons = {number: reason for number, url in enumerate(urls, 1) if (reason := _delivery_failure(url, title, body, kind))}
+    if reasons:
+        described = ", ".join(f"number {number}: {reason}" for number, reason in reasons.items())
+        warn(f"{len(reasons)} of {len(urls)} receivers of ML_ENSEMBLE_ALERT_URLS failed ({described}); the alert was {title!r}",
+             RuntimeWarning, stacklevel=2)
+    return not reasons
+
+def _delivery_failure(url: str, title: str, body: str, kind: str) -> str:
+    "Send an alert to one URL; empty if it was delivered, else the reason without any part of the URL, which is secret."
     with requires_extra():
         from apprise import Apprise
-    notifier = Apprise()
-    valid = [notifier.add(url) for url in urls]
+    logger = logging.getLogger("apprise")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)         # its messages contain parts of the URL
     try:
-        delivered = all(valid) and bool(notifier.notify(body=body, title=title, notify_type=kind))
+        receiver = Apprise()
+        if not receiver.add(url):
+            return "a URL of unknown form"
+        return "" if receiver.notify(body=body, title=title, notify_type=kind) else "not delivered"
     except Exception as error:
-        warn(f"the alert could not be sent ({type(error).__name__})", RuntimeWarning, stacklevel=2)
-        return False
-    if not delivered:
-        warn(f"the alert {title!r} was not delivered to all {len(urls)} URLs of ML_ENSEMBLE_ALERT_URLS",
-             RuntimeWarning, stacklevel=2)
-    return delivered
+        return type(error).__name__
+    finally:
+        logger.setLevel(level)
 
 # %% ../nbs/50_monitoring.ipynb #ed0970ea
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ with requires_extra():
 from .backtest import Backtest, backtest
 from .base_learners import LEARNERS, predict_learner
 from .blending import Blend, BlendResult, calibration_kind, walk_forward_blend
+from .candle_files import absolute_path
 from .candles import bar_interval
 from .champion import (Comparison, changed_meaning, compare_recipes, compare_with_record, production_record, meaning,
                                   decision_settings)
@@ -74,7 +75,7 @@ def get_market(settings: Settings) -> Market:
 def _resolve_source(source: str) -> str:
     "Resolve a relative file against the project folder, or against the working directory if there is no project."
     kind, _, path = source.partition(":")
-    return f"file:{(find_project() or Path.cwd()) / Path(path).expanduser()}" if kind == "file" else source
+    return f"file:{absolute_path(path, find_project())}" if kind == "file" else source
 
 def label_balance(data: TrainingSet) -> pd.DataFrame:
     "Count and share of each label."
@@ -539,7 +540,7 @@ def _check_parameters(notebook: Path, given: dict) -> None:
 def run_overrides(source: str | None, days: int | None) -> list[str]:
     "`--source` and `--days` as overrides; a relative file is resolved against the working directory."
     if source and source.startswith("file:"):
-        source = f"file:{Path(source.removeprefix('file:')).expanduser().absolute()}"
+        source = f"file:{absolute_path(source.removeprefix('file:'))}"
     overrides = [f"data.source={json.dumps(source)}"] if source else []
     return overrides + ([f"data.days={days}"] if days is not None else [])
 
@@ -588,7 +589,8 @@ def _own_kernel_manager() -> type:
 
         @property
         def kernel_spec(self):
-            command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+            command = [sys.executable, "-P", "-m", "ipykernel_launcher", "-f", "{connection_file}",
+                       "--IPKernelApp.ignore_cwd=True"]      # no module of the working directory
             return KernelSpec(argv=command, display_name="Python 3", language="python")
 
     return OwnKernelManager
