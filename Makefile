@@ -8,6 +8,22 @@ RECORDED_PAGES := nbs/ablation.ipynb nbs/gate_characteristics.ipynb nbs/tune.ipy
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
+# ARGS is text for a command. Neither make nor a shell expands it: it goes through the environment, is split as a shell
+# would split it, and is passed on as words. make itself ends with 2 if a command fails, and prints the command's own code.
+override ARGS := $(value ARGS)
+export ARGS
+define WITH_ARGS
+import os, shlex, sys
+try:
+    words = sys.argv[1:] + shlex.split(os.environ.pop("ARGS", ""))
+    os.execvp(words[0], words)
+except ValueError as error:
+    print(f"ARGS cannot be split into words: {error}", file=sys.stderr)
+    sys.exit(2)
+endef
+export WITH_ARGS
+RUN := $(BIN)/python -P -c "$$WITH_ARGS"
+
 .PHONY: help install retrain test test-quick export-check lint compiled lab notebooks bench lock clean
 .DEFAULT_GOAL := help
 
@@ -26,7 +42,7 @@ help: ## Print this list
 install: .venv/.installed ## Make .venv from the lock
 
 retrain: .venv/.installed ## Run the weekly retrain notebook; by default on the sandbox market, for practice
-	@$(BIN)/ml-ensemble retrain --set production.allow_simulated=true $(ARGS)
+	@$(RUN) $(BIN)/ml-ensemble retrain --set production.allow_simulated=true
 
 export-check: .venv/.installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/check_export.py
@@ -43,13 +59,13 @@ compiled: .venv/.installed
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test: export-check lint compiled ## Export is fresh; notebooks as nbdev_test runs them and tests side by side; branch coverage
-	@$(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term --cov-fail-under=85 $(ARGS)
+	@$(RUN) $(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term --cov-fail-under=85
 
 test-quick: export-check lint compiled ## The same without notebooks, coverage and what is slow: for the edit loop, below 90 s
-	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(ARGS)
+	@$(RUN) $(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 lab: .venv/.installed ## JupyterLab on the notebooks; ARGS="--port 9000" and the like
-	$(BIN)/jupyter lab --notebook-dir nbs $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
+	$(RUN) $(BIN)/jupyter lab --notebook-dir nbs $(if $(filter 0,$(shell id -u)),--allow-root)
 
 notebooks: .venv/.installed ## Re-execute every notebook in place, then clean
 	ML_ENSEMBLE_MODELS=$$(mktemp -d) $(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level=WARN $(filter-out $(RECORDED_PAGES),$(wildcard nbs/*.ipynb))
@@ -60,8 +76,8 @@ PRINT := $(BIN)/python -c 'import json, sys; [print("".join(o["text"]), end="") 
 
 bench: .venv/.installed ## Speed and memory beside peers, error rates of the gate on a few markets (ARGS="-p bars 200000")
 	@folder=$$(mktemp -d); page=$$folder/page.ipynb; trap 'rm -rf $$folder' EXIT; \
-	$(BIN)/papermill nbs/benchmarks.ipynb $$page --no-progress-bar --log-level ERROR -p bars 1000000 -p repeats 15 -p rows 3000 \
-	  -p batch_rows 1000000 -p markets_count 1000 -p walk_bars 17000 -p trees 0 $(ARGS); \
+	$(RUN) $(BIN)/papermill nbs/benchmarks.ipynb $$page --no-progress-bar --log-level ERROR -p bars 1000000 -p repeats 15 -p rows 3000 \
+	  -p batch_rows 1000000 -p markets_count 1000 -p walk_bars 17000 -p trees 0; \
 	$(PRINT) < $$page; \
 	$(BIN)/papermill nbs/gate_characteristics.ipynb $$page --no-progress-bar --log-level ERROR -p illusions 4 -p planted 4 \
 	  -p between 0 -p bars 6600 -p trees 0 -p workers 2; \
