@@ -169,15 +169,15 @@ def _discard_unwritable() -> None:
 
 def _call(run: _Run, as_json: bool) -> int:
     "Run the command and write its output; returns its exit code. With JSON the output is written when it is complete."
-    _check_words(sys.argv[1:])
+    words = _decoded_words(sys.argv[1:])
     if as_json:
         with contextlib.redirect_stdout(io.StringIO()) as output:
-            code = app(obj=run, standalone_mode=False)
+            code = app(words, obj=run, standalone_mode=False)
         if code != _INTERRUPTED:
             run.printing = True
             _print_document(output.getvalue())
     else:
-        code = app(obj=run, standalone_mode=False)
+        code = app(words, obj=run, standalone_mode=False)
     if code == _INTERRUPTED:                      # Typer's result of a KeyboardInterrupt
         raise KeyboardInterrupt
     sys.stdout.flush()
@@ -235,14 +235,19 @@ def cli_main() -> None:
     sys.exit(run_command("--json" in sys.argv, _ignore_signals))
 
 # %% ../nbs/53_cli.ipynb #53a00010
-def _check_words(words: Sequence[str]) -> None:
-    "Raise ConfigError for a word of the command line that is not UTF-8, or too long."
+def _decoded_words(words: Sequence[str]) -> list[str]:
+    "The words of the command line, as UTF-8 in any locale; ConfigError for one that is not UTF-8, or too long."
+    decoded = []
     for number, word in enumerate(words, 1):
         shown = word[:100].encode("ascii", "backslashreplace").decode()
-        if any("\ud800" <= c <= "\udfff" or c == "\0" for c in word):
-            raise ConfigError(f"argument {number} is not UTF-8: {shown!r}", "Pass text in UTF-8; rename a file with such a name.")
-        if len(word) > 20_000:
-            raise ConfigError(f"argument {number} has {len(word):,} characters: {shown!r} ...", "The limit is 20,000.")
+        try:
+            decoded.append(os.fsencode(word).decode("utf-8") if any("\ud800" <= c <= "\udfff" for c in word) else word)
+        except UnicodeError as error:
+            raise ConfigError(f"argument {number} is not UTF-8: {shown!r}", "Pass text in UTF-8; rename a file with such a name."
+                              ) from error
+        if len(word) > 20_000 or "\0" in word:
+            raise ConfigError(f"argument {number} has a NUL character, or {len(word):,} characters: {shown!r}", "The limit is 20,000.")
+    return decoded
 
 def _check_reason(reason: str) -> str:
     "The reason of a rollback; ConfigError if it is empty, too long, or has control characters."
@@ -370,6 +375,7 @@ def _nearby(path: Path) -> str:
 def _plan(store: ModelStore, source: str | None, days: int | None, overrides: tuple[str, ...]) -> dict:
     "Current state and planned settings of a retrain."
     from ml_ensemble.config import core_tree, expand_override, leaf_paths, load_settings
+    load_settings(overrides)                      # a wrong setting is reported before the slow imports
     from ml_ensemble.recipe import feature_manager
     from ml_ensemble.retraining import get_market, run_overrides
     texts = [*overrides, *run_overrides(source, days)]
@@ -411,6 +417,7 @@ def candles_command(
 ):
     "Show what a source of candles holds; write the candles to a file. Exit with code 1 if they are refused."
     from ml_ensemble.config import load_settings
+    load_settings(list(set_ or ()))               # a wrong setting is reported before the slow imports
     from ml_ensemble.market_data import inspect_candles, settings_of_source, write_candles
     known = source == "sandbox" or source.startswith(("file:", "ccxt:"))
     target = _check_output(to) if to is not None else None
@@ -490,6 +497,7 @@ def check(as_json: _Json = False):
 def audit_command(source: _Source = None, days: _Days = None, set_: _Set = None, as_json: _Json = False):
     "Audit features, labels, split and all fitted steps for leakage. Exit with code 3 if there is a finding."
     from ml_ensemble.config import load_settings
+    load_settings(list(set_ or ()))               # a wrong setting is reported before the slow imports
     from ml_ensemble.retraining import get_market, run_audit, run_overrides
     settings = load_settings([*(set_ or ()), *run_overrides(source, days)])
     report = run_audit(settings, get_market(settings), (lambda text: None) if as_json else _stderr().print)
@@ -574,6 +582,7 @@ def predict(
 ):
     "Probabilities and decisions for the newest closed bars of a source."
     from ml_ensemble.config import load_settings
+    load_settings(["data.min_bars=100", *(set_ or ())])          # a wrong setting is reported before the slow imports
     from ml_ensemble.recipe import feature_manager
     from ml_ensemble.ensemble import ProductionEnsemble, closed_bars
     from ml_ensemble.retraining import get_market, run_overrides

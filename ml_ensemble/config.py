@@ -24,8 +24,7 @@ from .core import ConfigError, canonical_json, core_file, find_project, requires
 with requires_extra():
     import yaml
     from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-    from pydantic_settings import (BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError,
-                                   YamlConfigSettingsSource)
+    from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
 
 from .learner_parameters import learners_with, own_name, own_names
 
@@ -312,15 +311,6 @@ def _parse_text(learner: str, name: str, value):
                           "For example: [1, 0, 0].") from error
 
 # %% ../nbs/21_config.ipynb #d1646352
-class _YamlSource(YamlConfigSettingsSource):
-    """A settings file whose learner parameters are renamed to the names used here."""
-
-    def _read_file(self, file_path) -> dict:
-        return _read_yaml(file_path)
-
-    def __call__(self) -> dict:
-        return _with_own_names(super().__call__())
-
 class _EnvironmentSource(EnvSettingsSource):
     """The environment; its lists and mappings are read by the same loader."""
 
@@ -333,7 +323,7 @@ class _EnvironmentSource(EnvSettingsSource):
 class Settings(BaseSettings):
     """All settings of a run, merged from the layers; created by `load_settings`."""
     model_config = SettingsConfigDict(env_prefix="ML_ENSEMBLE_", env_nested_delimiter="__", extra="forbid", frozen=True,
-                                      validate_default=True, env_parse_none_str="null", yaml_file_encoding="utf-8")
+                                      validate_default=True, env_parse_none_str="null")
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     data: DataSettings
     features: FeatureSettings
@@ -360,7 +350,7 @@ class Settings(BaseSettings):
     def settings_customise_sources(cls, settings_cls, init_settings, env_settings, dotenv_settings,
                                    file_secret_settings):
         "Sources by decreasing precedence: overrides, environment variables, overlay, core files."
-        files = (_YamlSource(settings_cls, yaml_file=path) for path in reversed(_config_files()))
+        files = (lambda path=path: _with_own_names(_read_yaml(path)) for path in reversed(_config_files()))
         sources = (init_settings, _EnvironmentSource(settings_cls))
         renamed = (lambda source=source: _with_own_names(source()) for source in sources)
         return (*renamed, *files)

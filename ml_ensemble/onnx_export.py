@@ -196,7 +196,7 @@ def load_with_custom(version: str | None = None, store: ModelStore | None = None
     store = store or ModelStore()
     facts, _ = store.read(version)
     named = _custom_names(facts)
-    declared = list(custom if custom is not None or not named else load_settings().features.custom)
+    declared = custom if custom is not None else load_settings().features.custom if named else []
     if any(name not in declared for name in named):
         raise FeatureError(f"version {facts['version']} was trained with the custom features {_listed(named)}; the "
                            f"configuration declares {_listed(declared)}",

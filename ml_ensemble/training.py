@@ -94,7 +94,7 @@ print(json.dumps({"load_seconds": loaded, "latency_ms": 1e3 * sorted(times)[150]
 # %% ../nbs/38_training.ipynb #bc62708a
 def probe_artefact(path: str | Path, custom: Sequence[str] = ()) -> dict:
     "Load and predict in a fresh process: load_seconds, latency_ms (median of 300 single rows), memory_mb (peak)."
-    command = [sys.executable, "-c", _PROBE, str(path), *custom]
+    command = [sys.executable, "-P", "-c", _PROBE, str(path), *custom]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if result.returncode:
         last = result.stderr.strip().splitlines()[-1]
