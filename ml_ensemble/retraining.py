@@ -674,7 +674,7 @@ class RetrainResult:
                 "backtest": self.metadata["backtest"]}
 
 # %% ../nbs/51_retraining.ipynb #b96e4e8f
-def _promote_staged(store: ModelStore, run_id: str, report: Path, expected: int) -> RetrainResult:
+def _promote_staged(store: ModelStore, run_id: str, report: Path, expected: int, overrides: Sequence[str]) -> RetrainResult:
     "Promote the staged candidate if its gate passed; otherwise record the refusal and keep production."
     folder = _staging(store, run_id)
     reference = {"report": {"path": str(report.relative_to(store.root)), "sha256": sha256_hex(report.read_bytes())}}
@@ -683,7 +683,8 @@ def _promote_staged(store: ModelStore, run_id: str, report: Path, expected: int)
     _install_training(store, folder, reference)
     if verdict.passed:
         model = (folder / MODEL_FILE).read_bytes()
-        version = store.promote(model, candidate, expected=expected, verify=verify_version)["version"]
+        verify = lambda path: verify_version(path, load_settings(overrides).features.custom)
+        version = store.promote(model, candidate, expected=expected, verify=verify)["version"]
     else:
         store.record("refusal", reason=str(verdict), report=reference["report"]["path"])
     current = present_or_damaged(store)
@@ -824,7 +825,7 @@ def _run_notebook(store: ModelStore, overrides: tuple[str, ...], verbose: bool, 
     try:
         _check_parameters(notebook, parameters)
         execute(notebook, report, parameters, verbose, show_progress)
-        return _promote_staged(store, run_id, report, current["sequence"] if current else 0)
+        return _promote_staged(store, run_id, report, current["sequence"] if current else 0, overrides)
     finally:
         shutil.rmtree(_staging(store, run_id), ignore_errors=True)
 
