@@ -85,7 +85,7 @@ _AGAIN = "Production was not changed; run the same command again."
 class _Run:
     """One call of the command, and the store that it uses."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._store: ModelStore | None = None
         self.printing = False                     # the document of `--json` was begun
         self.code: int | None = None              # the exit code, once the output is written
@@ -167,7 +167,7 @@ def _discard_unwritable() -> None:
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
-def _call(run: _Run, as_json: bool) -> int:
+def _execute_command(run: _Run, as_json: bool) -> int:
     "Run the command and write its output; returns its exit code. With JSON the output is written when it is complete."
     words = _decoded_words(sys.argv[1:])
     if as_json:
@@ -189,7 +189,7 @@ def run_command(as_json: bool, leave: Callable[[], object] = lambda: None) -> in
     "Run the command; returns the exit code. `leave` is called once the result is decided."
     run = _Run()
     try:
-        code = _call(run, as_json)
+        code = _execute_command(run, as_json)
         leave()
     except BaseException as error:
         code = _conclude(run, error, as_json, leave)
@@ -223,7 +223,7 @@ def _prepare_streams() -> None:
         except OSError:                           # else the next file that is opened would get this number
             os.dup2(os.open(os.devnull, os.O_RDWR), number)
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if number == 0 else "w"))
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if number == 0 else "w"))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -259,7 +259,7 @@ def _check_reason(reason: str) -> str:
         raise ConfigError("--reason has a control character, or bytes that are not UTF-8", "Pass plain text; new lines are allowed.")
     return reason
 
-def _check_version(store: ModelStore, version: str | None, option: str) -> str | None:
+def _version_argument(store: ModelStore, version: str | None, option: str) -> str | None:
     "The name of a version, or None; ConfigError for any other text."
     try:
         if version is not None and len(version) > 30:
@@ -553,7 +553,7 @@ def rollback(
     "Restore an archived version to production, after loading it in a fresh process."
     from ml_ensemble.training import verify_version
     reason, store = _check_reason(reason), _store_of(context)
-    to = _check_version(store, to, "--to")
+    to = _version_argument(store, to, "--to")
     facts = store.rollback(reason, to, verify=partial(verify_version, custom=_declared_features()))
     replaced = facts["event"]["replaced"]
     result = {"version": facts["version"], "sequence": facts["sequence"], "replaced": replaced, "reason": reason}
@@ -586,7 +586,7 @@ def predict(
     from ml_ensemble.recipe import feature_manager
     from ml_ensemble.ensemble import ProductionEnsemble, closed_bars
     from ml_ensemble.retraining import get_market, run_overrides
-    version = _check_version(_store_of(context), version, "--version")
+    version = _version_argument(_store_of(context), version, "--version")
     settings = load_settings(["data.min_bars=100", *(set_ or ()), *run_overrides(source, days)])
     manager = feature_manager(settings)
     model = ProductionEnsemble(version, _store_of(context), manager)
@@ -659,7 +659,7 @@ def export(
         raise ConfigError(f"--to is {to[:100]!r}", "Use onnx, the only supported format.")
     from ml_ensemble.onnx_export import export_onnx, load_with_custom
     store, target = _store_of(context), _check_output(output) if output is not None else None
-    model = load_with_custom(_check_version(store, version, "--version"), store)
+    model = load_with_custom(_version_argument(store, version, "--version"), store)
     info = model.get_model_info()
     path = export_onnx(model, target or _check_output(Path(f"ml_ensemble_{info['version']}.onnx")))
     result = {"file": str(path), "size_bytes": path.stat().st_size, "version": info["version"],

@@ -683,7 +683,7 @@ def _promote_staged(store: ModelStore, run_id: str, report: Path, expected: int,
     _install_training(store, folder, reference)
     if verdict.passed:
         model = (folder / MODEL_FILE).read_bytes()
-        verify = lambda path: verify_version(path, load_settings(overrides).features.custom)
+        verify = lambda path: verify_version(path, load_settings(list(overrides)).features.custom)
         version = store.promote(model, candidate, expected=expected, verify=verify)["version"]
     else:
         store.record("refusal", reason=str(verdict), report=reference["report"]["path"])

@@ -296,7 +296,7 @@ def test_what_was_understood_is_shown_even_if_refused(tmp_path):
     assert report.market is None and isinstance(report.error, core.GapError)
     stored = json.loads(core.canonical_json(report.to_dict()))
     assert stored["layouts"][0]["columns"]["volume"] == "Volume BTC" and stored["layouts"][0]["newest_first"]
-    assert stored["quality"]["faults"] == {"gap": 1} and "fill_gaps" in stored["error"]["remedy"]
+    assert stored["quality"]["faults"] == {"gap": 1} and stored["error"] == "GapError" and "fill_gaps" in stored["remedy"]
 
 
 def test_times_of_text_need_not_have_the_same_precision():

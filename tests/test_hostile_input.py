@@ -3,7 +3,6 @@ import contextlib
 import io
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -69,12 +68,16 @@ SETS = {
     "nan of a learner": "lightgbm.path_smooth=.nan", "inf as a share": "learning_rate=.inf", "nan days": "data.days=.nan",
     "an anchor": "labels.horizon=&a 3", "an alias": "labels.horizon=*a", "an alias of itself": "data.repairs=&a [*a]",
     "a tag": "labels.horizon=!!python/object/apply:os.getcwd []", "a date tag": "labels.horizon=!!timestamp x",
-    "a binary tag": "data.market=!!binary x", "a merge": "data.columns={<<: {time: 1}}", "a duplicate key": "data.columns={time: 1, time: 2}",
-    "a list as a key": "data.columns={[1]: 2}", "an empty value": "labels.horizon=", "no value": "labels.horizon", "only =": "=", "no text": "",
+    "a binary tag": "data.market=!!binary x", "a merge": "data.columns={<<: {time: 1}}",
+    "a duplicate key": "data.columns={time: 1, time: 2}",
+    "a list as a key": "data.columns={[1]: 2}",
+    "an empty value": "labels.horizon=", "no value": "labels.horizon", "only =": "=", "no text": "",
     "a null byte": 'data.source="file:a\\0b"', "an escape": 'data.market="\\e[31m"', "half a pair": 'data.market="\\ud800"',
     "a control character": "data.market=\x1b[31m", "a broken quote": "data.market='", "an open bracket": "data.repairs=[sort",
-    "no digits": "labels.horizon=0b_", "many days": "data.days=999999999999", "negative days": "data.days=-1", "a lone %": "labels.horizon=%",
-    "a bracket in a key": "labels[0]=1", "dots": "...=1", "a learner without a name": "lightgbm.=1", "an unknown section": "label.horizon=1",
+    "no digits": "labels.horizon=0b_", "many days": "data.days=999999999999", "negative days": "data.days=-1",
+    "a lone %": "labels.horizon=%",
+    "a bracket in a key": "labels[0]=1", "dots": "...=1", "a learner without a name": "lightgbm.=1",
+    "an unknown section": "label.horizon=1",
     "bars without end": "data.bar=0h", "a bar of years": "data.bar=99999999999h", "a huge sandbox": "data.bar=1min data.days=100000",
 }
 
@@ -101,7 +104,8 @@ WORDS = {
     "half a pair in a source": ["candles", "x\ud800.csv"], "bytes in a source": ["retrain", "--source", "file:caf\udce9.csv"],
     "bytes in a setting": ["retrain", "--set", "data.market=\udcff"], "bytes in a market": ["retrain", "--replace-market", "\udcff"],
     "bytes in a version": ["predict", "--version", "\udcff"], "bytes in an output": ["export", "--output", "\udcff"],
-    "bytes as a command": ["\udcff"], "a null byte in a file": ["candles", "a\0b.csv"], "a null byte in an output": ["export", "--output", "a\0b"],
+    "bytes as a command": ["\udcff"], "a null byte in a file": ["candles", "a\0b.csv"],
+    "a null byte in an output": ["export", "--output", "a\0b"],
     "a null byte in a source": ["retrain", "--dry-run", "--source", "file:a\0b"], "a long word": ["candles", "x" * 30_000],
     "a long file name": ["candles", "x" * 5000], "a long source": ["retrain", "--dry-run", "--source", "file:" + "x" * 9000],
     "a long version": ["export", "--version", "20250101-" + "1" * 5000], "a path as a version": ["export", "--version", "../../x"],

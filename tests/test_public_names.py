@@ -19,7 +19,7 @@ PUBLIC = {
         walk_forward_blend
     """,
     "candle_columns": "ReadOptions candles_of find_roles known_headings table_with_time tidy",
-    "candle_files": "FileLayout read_candle_files",
+    "candle_files": "FileLayout absolute_path expand_path read_candle_files",
     "candle_schema": """
         DataQuality REPAIRS REPEATED data_quality implausible_steps mend_rounding minute_text off_grid ohlcv_schema
         quality_table repair share_of_repeated_opens validate

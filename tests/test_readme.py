@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from ml_ensemble import cli as command_line
+from conftest import hand_made_payload
+from ml_ensemble import ModelStore, cli as command_line
 from ml_ensemble.config import load_settings
+from ml_ensemble.ensemble import restore_ensemble
 from scratch import PYTHON, ROOT, clean_environment, copy_repository, run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -105,10 +107,13 @@ def test_commands_that_need_a_network_exist_with_their_options():
 def test_make_lab_allows_root_only_to_root_and_passes_arguments_on(tmp_path, user, flag):
     (tmp_path / "id").write_text(f"#!/bin/sh\necho {user}\n")
     (tmp_path / "id").chmod(0o755)
-    done = run("make", "--dry-run", "--old-file=.venv/.installed", "lab", "ARGS=--port 9000", cwd=ROOT,
+    (tmp_path / "jupyter").write_text('#!/bin/sh\necho jupyter "$@"\n')
+    (tmp_path / "jupyter").chmod(0o755)
+    (tmp_path / "python").symlink_to(PYTHON)
+    done = run("make", "--old-file=.venv/.installed", f"BIN={tmp_path}", "lab", "ARGS=--port 9000", cwd=ROOT,
                env=clean_environment(PATH=f"{tmp_path}:{os.environ['PATH']}"))
     words = done.stdout.splitlines()[-1].split()
-    assert words[:4] == [".venv/bin/jupyter", "lab", "--notebook-dir", "nbs"] and words[-2:] == ["--port", "9000"]
+    assert words[:4] == ["jupyter", "lab", "--notebook-dir", "nbs"] and words[-2:] == ["--port", "9000"]
     assert ("--allow-root" in words) == flag
 
 
@@ -133,20 +138,29 @@ def interrupted(words, folder):
     return running.returncode
 
 
+def output_fails(where, *words):
+    """Exit code of a command whose output goes where it cannot be written."""
+    return run("bash", "-c", f'"$@" {where}; exit ${{PIPESTATUS[0]}}', "bash", PYTHON, "-m", "ml_ensemble.cli", *words).returncode
+
+
 @pytest.mark.slow
 def test_each_exit_code_of_the_readme_occurs_and_no_others_exist(tmp_path, monkeypatch, untraced):
     documented = {int(code): text for code, text in re.findall(r"^\| (\d+) \| (.+) \|$", README, re.M)}
     (tmp_path / "a_coin.py").write_text(COIN)
-    monkeypatch.syspath_prepend(tmp_path)                  # as `main` does with the working directory
+    monkeypatch.syspath_prepend(tmp_path)                  # as PYTHONPATH does
     monkeypatch.setenv("ML_ENSEMBLE_MODELS", str(tmp_path / "models"))
 
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["ml-ensemble", *words])
         return command_line.run_command(as_json=False)
 
+    for _ in range(2):
+        ModelStore().promote(restore_ensemble(hand_made_payload()).to_bytes(), {})
     audit = ["audit", "--days", "100", "--set", "n_estimators=2", "--set", "n_splits=2", "--set", "cuts=1"]
-    seen = {call("history"): "done", call("backup"): "failed", call("history", "--limit", "0"): "wrong call",
+    seen = {call("history"): "done", call("rollback", "--reason", "x", "--to", "20200101-0001"): "failed", call("history", "--limit", "0"): "wrong call",
             call(*audit, "--set", "features.custom=[a_coin:coin]"): "`audit` found a leak",
-            interrupted(audit, tmp_path): "interrupted"}
+            interrupted(audit, tmp_path): "interrupted",
+            output_fails("| true", "history"): "the reader of the output closed it",
+            output_fails("> /dev/full", "rollback", "--reason", "x"): "production was changed as requested"}
     assert set(documented) == set(seen)
     assert all(text in documented[code] for code, text in seen.items())

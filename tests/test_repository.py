@@ -190,7 +190,7 @@ def test_the_workflows_are_valid_and_the_weekly_one_retrains_and_commits():
     triggers = weekly[True]                      # YAML 1.1 reads the key `on` as true
     assert triggers["schedule"][0]["cron"].split()[4] in "0123456" and "workflow_dispatch" in triggers
     steps = " ".join(step.get("run", "") for step in weekly["jobs"]["retrain"]["steps"])
-    assert "make retrain" in steps and "git lfs" in steps and "models/" in steps
+    assert "ml-ensemble retrain" in steps and "git lfs" in steps and "models/" in steps
     assert any("upload-artifact" in step.get("uses", "") for step in weekly["jobs"]["retrain"]["steps"])
     assert (ROOT / ".ci/run").read_text().count("make test") == 1
     assert "make test" in (ROOT / ".github/workflows/ci.yml").read_text()

@@ -83,12 +83,13 @@ def test_the_configuration_as_it_stands_passes_its_gate_on_the_documented_market
 
 
 def test_a_custom_feature_and_a_calibration_go_all_the_way_into_production(store, tmp_path, monkeypatch):
-    (tmp_path / "my_features.py").write_text(
+    project = tmp_path / "project"                              # the module lies in the project folder
+    shutil.copytree(Path(__file__).resolve().parent.parent / "config", project / "config")
+    monkeypatch.setenv("ML_ENSEMBLE_ROOT", str(project))
+    (project / "my_features.py").write_text(
         "from ml_ensemble.custom_features import custom_feature\n\n"
         "@custom_feature(window=[11, 0], unit=\"ratio\")\n"
         "def range_12(bars):\n    \"high over low of 12 bars\"\n    return bars.high.max() / bars.low.min() - 1\n")
-    monkeypatch.syspath_prepend(tmp_path)                       # here, and for the processes that are started
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     outcome = run(store, "features.custom=[my_features:range_12]", "calibration=platt", "n_estimators=40")
     assert outcome.promoted and outcome.metadata["features"][12:] == ["range_12"]
     parity = next(c for c in outcome.verdict.criteria if c.name == "artefact parity")
