@@ -341,6 +341,7 @@ def command(folder, *words):
                           env=env | {"ML_ENSEMBLE_MODELS": str(folder.parent / "models")})
 
 
+@pytest.mark.slow
 def test_no_module_of_the_working_directory_runs(shadowed):
     store = ModelStore(shadowed.parent / "models")
     for _ in range(2):
