@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import os
+import select
 import signal
 import stat
 import sys
@@ -111,9 +112,19 @@ def _store_of(context: typer.Context) -> ModelStore:
     return context.ensure_object(_Run).store
 
 def _pipe_closed(error: BaseException) -> bool:
-    "Whether the reader of the output closed it; rich ends the process in that case."
-    return isinstance(error, BrokenPipeError) or (
-        isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError))
+    "Whether the reader of the output closed it; rich ends the process in that case. Other pipes may break as well."
+    if isinstance(error, SystemExit):
+        return isinstance(error.__context__, BrokenPipeError)
+    return isinstance(error, BrokenPipeError) and any(map(_has_no_reader, (sys.stdout, sys.stderr)))
+
+def _has_no_reader(stream) -> bool:
+    "Whether a stream is a pipe without a reader; True also if that cannot be known."
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), select.POLLOUT)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):
+        return True
 
 # %% ../nbs/53_cli.ipynb #53a00005
 def _usage_error(error: typer.TyperException) -> ConfigError:
@@ -143,7 +154,7 @@ def _ending_after(change: dict, error: BaseException) -> _Ending:
 
 # %% ../nbs/53_cli.ipynb #53a00007
 def _report(ending: _Ending, as_json: bool) -> int:
-    "Print the message: as JSON on standard output if that works, else as text on standard error; returns the exit code."
+    "Print the message, as JSON on standard output if that works, else on standard error; returns the exit code."
     error, printed = ending.error, False
     with contextlib.suppress(OSError, ValueError):
         if as_json:
@@ -205,7 +216,8 @@ def _conclude(run: _Run, error: BaseException, as_json: bool, leave: Callable[[]
         return run.code
     if type(error).__name__ == "NoArgsIsHelpError":              # the help was printed
         return _USAGE
-    if sys.flags.dev_mode and isinstance(error, Exception) and not isinstance(error, (MLEnsembleError, typer.TyperException)):
+    expected = isinstance(error, (MLEnsembleError, typer.TyperException, KeyboardInterrupt, SystemExit))
+    if sys.flags.dev_mode and not expected:
         with contextlib.suppress(OSError, ValueError):
             traceback.print_exception(error)
     return _report(_ending_after(run.changed, error) if run.changed else _ending(error), as_json and not run.printing)
@@ -243,10 +255,11 @@ def _decoded_words(words: Sequence[str]) -> list[str]:
         try:
             decoded.append(os.fsencode(word).decode("utf-8") if any("\ud800" <= c <= "\udfff" for c in word) else word)
         except UnicodeError as error:
-            raise ConfigError(f"argument {number} is not UTF-8: {shown!r}", "Pass text in UTF-8; rename a file with such a name."
-                              ) from error
+            raise ConfigError(f"argument {number} is not UTF-8: {shown!r}",
+                              "Pass text in UTF-8; rename a file with such a name.") from error
         if len(word) > 20_000 or "\0" in word:
-            raise ConfigError(f"argument {number} has a NUL character, or {len(word):,} characters: {shown!r}", "The limit is 20,000.")
+            raise ConfigError(f"argument {number} has a NUL character, or {len(word):,} characters: {shown!r}",
+                              "The limit is 20,000.")
     return decoded
 
 def _check_reason(reason: str) -> str:
@@ -256,7 +269,8 @@ def _check_reason(reason: str) -> str:
     if len(reason) > 1000:
         raise ConfigError(f"--reason has {len(reason):,} characters", "The limit is 1,000.")
     if any(c != "\n" and unicodedata.category(c) in ("Cc", "Cs") for c in reason):
-        raise ConfigError("--reason has a control character, or bytes that are not UTF-8", "Pass plain text; new lines are allowed.")
+        raise ConfigError("--reason has a control character, or bytes that are not UTF-8",
+                          "Pass plain text; new lines are allowed.")
     return reason
 
 def _version_argument(store: ModelStore, version: str | None, option: str) -> str | None:
@@ -289,7 +303,7 @@ def _check_output(path: Path) -> Path:
     return target
 
 def _declared_features() -> tuple[str, ...]:
-    "The custom features of the configuration; none, with a note, if it cannot be read: a rollback must not depend on it."
+    "The custom features of the configuration; none, with a note, if it cannot be read: a rollback must not need it."
     from ml_ensemble.config import load_settings
     try:
         return tuple(load_settings().features.custom)

@@ -212,7 +212,7 @@ _RESOLVERS = {first: [(tag, pattern) for tag, pattern in resolvers if tag not in
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 class _SettingsLoader(yaml.SafeLoader):
-    """YAML without anchors, tags, dates and duplicate keys; depth, number of values and length of numbers are bounded."""
+    """YAML without anchors, tags, dates and duplicate keys; depth, number of values and length are bounded."""
     yaml_implicit_resolvers = _RESOLVERS
 
     def __init__(self, text: str):
@@ -456,7 +456,7 @@ def _nested(flat: dict[str, object]) -> dict:
     return tree
 
 def _check_environment() -> None:
-    "Raise ConfigError for a variable with the prefix of a setting that names none (it would be ignored), or cannot be read."
+    "Raise ConfigError for a variable that names no setting, and would be ignored silently, or that cannot be read."
     sections = {name.upper() for name in Settings.model_fields}
     for name, value in os.environ.items():
         if not name.upper().startswith("ML_ENSEMBLE_"):

@@ -34,7 +34,8 @@ def send_alert(title: str, body: str, kind: str = "info") -> bool:
     urls = os.environ.get("ML_ENSEMBLE_ALERT_URLS", "").split()
     if not urls:
         return False
-    reasons = {number: reason for number, url in enumerate(urls, 1) if (reason := _delivery_failure(url, title, body, kind))}
+    reasons = {number: reason for number, url in enumerate(urls, 1)
+               if (reason := _delivery_failure(url, title, body, kind))}
     if reasons:
         described = ", ".join(f"number {number}: {reason}" for number, reason in reasons.items())
         warn(f"{len(reasons)} of {len(urls)} receivers of ML_ENSEMBLE_ALERT_URLS failed ({described}); the alert was {title!r}",

@@ -1,7 +1,10 @@
 """What an operator may mistype is a named error within two seconds and 300 MB; a file in the way never runs as code."""
+import bz2
 import contextlib
+import gzip
 import io
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -201,6 +204,14 @@ def test_a_candle_file_that_cannot_be_used_is_a_named_error(call, tmp_path, kind
     assert kind not in ("pipe", "device") or "a device or a pipe" in done.text
     is_named(call("retrain", "--dry-run", "--source", f"file:{tmp_path}/x.csv"), 1)
     assert kind in ("folder", "link loop") or is_named(call("candles", str(tmp_path / "*.csv")), 1)
+
+
+@pytest.mark.parametrize("packer", [gzip, bz2, lzma], ids=lambda module: module.__name__)
+def test_a_packed_candle_file_that_expands_without_end_is_refused(call, tmp_path, packer):
+    (tmp_path / "x.csv.packed").write_bytes(packer.compress(packer.compress(b"0" * 60_000_000)))
+    assert "10,000,000 bytes" in is_named(call("candles", str(tmp_path / "x.csv.packed")), 1)
+    (tmp_path / "y.csv").write_bytes(packer.compress(packer.compress(packer.compress(packer.compress(b"time,open")))))
+    assert "three times" in is_named(call("candles", str(tmp_path / "y.csv")), 1)
 
 
 ENVIRONMENT = {"ML_ENSEMBLE_ENV": ["../x", "/etc", "core/../core", "x" * 5000, "a\x1bb", "..", ".", "\udcff", "no such"],
