@@ -239,7 +239,7 @@ def write_atomic(path: str | Path, data: bytes | str, *, mode: int | None = None
     return path
 
 # %% ../nbs/00_core.ipynb #7dc6ea72
-def read_regular(path: str | Path, limit: int, inside: Path | None = None) -> bytes:
+def read_regular(path: str | Path, limit: int, inside: Path | None = None, *, tail: bool = False) -> bytes:
     """Content of a regular file of limited size.
 
     Parameters
@@ -250,6 +250,8 @@ def read_regular(path: str | Path, limit: int, inside: Path | None = None) -> by
         Largest size in bytes.
     inside : pathlib.Path, optional
         Folder that no symbolic link on the way may leave.
+    tail : bool, default False
+        Return the last `limit` bytes of a larger file, which otherwise is an error.
 
     Returns
     -------
@@ -271,7 +273,12 @@ def read_regular(path: str | Path, limit: int, inside: Path | None = None) -> by
     handle = _open_regular(path, inside)
     with os.fdopen(handle, "rb") as file:
         size = os.fstat(handle).st_size
-        content = b"" if size > limit else file.read(limit + 1)
+        if tail and size > limit:
+            file.seek(size - limit)
+            return file.read(limit)
+        content = b"" if size > limit else file.read(size + 1)     # one more than expected, to see the end
+        while size < len(content) <= limit and (more := file.read(2**20)):
+            content += more                                         # it has grown, or belongs to a pseudo file system
     if max(size, len(content)) > limit:
         raise OSError(f"it has {max(size, len(content)):,} bytes, the limit is {limit:,}")
     return content
