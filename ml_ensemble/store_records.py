@@ -44,7 +44,7 @@ def parse_json(data: bytes) -> object:
     ValueError: the key 'a' occurs twice
     """
     try:
-        value = json.loads(data.decode(), parse_constant=_refuse_constant, parse_float=_finite,
+        value = json.loads(data.decode(), parse_constant=_refuse_constant, parse_float=_finite_float,
                            object_pairs_hook=_unique_keys)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
@@ -55,7 +55,7 @@ def parse_json(data: bytes) -> object:
 def _refuse_constant(name: str):
     raise ValueError(f"{name} is not JSON")
 
-def _finite(text: str) -> float:
+def _finite_float(text: str) -> float:
     if not math.isfinite(number := float(text)):
         raise ValueError(f"the number {shorten(text)} is too large")
     return number
@@ -77,10 +77,10 @@ MAX_SEQUENCE = 10**16 - 1                 # 16 digits of a version
 def _is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
-def _whole(low: int, high: int) -> _Rule:
+def _whole_in(low: int, high: int) -> _Rule:
     return (lambda value: type(value) is int and low <= value <= high), f"a whole number from {low} to {high}"
 
-def _number(low: float, high: float) -> _Rule:
+def _number_in(low: float, high: float) -> _Rule:
     return (lambda value: _is_number(value) and low <= value <= high), f"a number from {low:g} to {high:g}"
 
 def _text(limit: int, pattern: str = r"[\s\S]*", what: str = "") -> _Rule:
@@ -129,19 +129,19 @@ def check_fields(record: object, rules: _Fields, place: str = "") -> None:
 # %% ../nbs/10_store_records.ipynb #e6c7b4b9
 MAX_METADATA_BYTES = 2**22
 _SHA256 = _text(64, "[0-9a-f]{64}", "64 hexadecimal digits")
-_SEQUENCE = _whole(1, MAX_SEQUENCE)
+_SEQUENCE = _whole_in(1, MAX_SEQUENCE)
 _EVENT: _Fields = {"kind": _text(40, "[a-z_]+", "a word of lower-case letters"), "at": _TIME, "replaced": _NAME, "reason": _text(2000)}
 _DATA: _Fields = {"source": _text(4096), "market": _text(4096), "hash": _text(200), "calendar": _text(40), "from": _TIME, "to": _TIME,
-         "interval_minutes": _number(1e-3, 6e5), "bars": _whole(0, 10**12), "samples": _whole(0, 10**12),
-         "new_bars": _whole(0, 10**12), "simulated": _FLAG, "notes": _list_of(_text(10_000), 1000), "sample": _OBJECT,
-         "repairs": _mapping_of(_whole(0, 10**12)), "labels": _OBJECT}
-_METRICS: _Fields = {"metrics": _mapping_of(_or_null(_number(-1e300, 1e300))), "intervals": _mapping_of(_INTERVAL)}
+         "interval_minutes": _number_in(1e-3, 6e5), "bars": _whole_in(0, 10**12), "samples": _whole_in(0, 10**12),
+         "new_bars": _whole_in(0, 10**12), "simulated": _FLAG, "notes": _list_of(_text(10_000), 1000), "sample": _OBJECT,
+         "repairs": _mapping_of(_whole_in(0, 10**12)), "labels": _OBJECT}
+_METRICS: _Fields = {"metrics": _mapping_of(_or_null(_number_in(-1e300, 1e300))), "intervals": _mapping_of(_INTERVAL)}
 _METADATA: _Fields = {
     "version": _text(100, VERSION.pattern, "the name of a version"), "sequence": _SEQUENCE, "sha256": _SHA256,
-    "size_bytes": _whole(0, 2**40), "created_at": _TIME, "event": _EVENT, "data": _DATA, "metrics": _METRICS,
+    "size_bytes": _whole_in(0, 2**40), "created_at": _TIME, "event": _EVENT, "data": _DATA, "metrics": _METRICS,
     "configuration": {"features": {"custom": _list_of(_text(200), 1000)}, "data": _OBJECT, "labels": _OBJECT},
-    "features": _list_of(_text(200), 10_000), "fingerprint": _text(200), "weights": _mapping_of(_number(0, 1e6)),
-    "classes": _list_of(_whole(-1, 1), 3), "decision_threshold": _number(0, 1), "gate": _OBJECT,
+    "features": _list_of(_text(200), 10_000), "fingerprint": _text(200), "weights": _mapping_of(_number_in(0, 1e6)),
+    "classes": _list_of(_whole_in(-1, 1), 3), "decision_threshold": _number_in(0, 1), "gate": _OBJECT,
     "report": {"path": _text(4096), "sha256": _text(64)}, "artefact": _OBJECT, "skill_sources": _OBJECT,
     "backtest": _OBJECT, "money": _OBJECT, "label_economics": _OBJECT, "leakage_audit": _OBJECT, "git": _OBJECT,
     "packages": _mapping_of(_text(200))}

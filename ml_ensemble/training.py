@@ -16,7 +16,7 @@ import numpy as np
 
 from .base_learners import Fitting, encode, fit_learner, predict_learner
 from .core import IntegrityError, in_threads
-from .ensemble import ProductionEnsemble, metadata_beside, restore_ensemble
+from .ensemble import ProductionEnsemble, restore_ensemble
 from .feature_manager import input_names, scale_free
 from .inference import calibrate, in_limits, range_limits, training_range
 from .model_file import FORMAT
@@ -102,7 +102,6 @@ def probe_artefact(path: str | Path, custom: Sequence[str] = ()) -> dict:
                              "Read the report of the retrain; production was not changed.")
     return json.loads(result.stdout)
 
-def verify_version(path: str | Path) -> dict:
-    "Probe an archived version with the custom features listed in its metadata."
-    configuration = (metadata_beside(Path(path)) or {}).get("configuration", {})
-    return probe_artefact(path, configuration.get("features", {}).get("custom", ()))
+def verify_version(path: str | Path, custom: Sequence[str] = ()) -> dict:
+    "Probe an archived version with the custom features that the project declares; names in its metadata are not imported."
+    return probe_artefact(path, custom)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODEL_FILE', 'METADATA_FILE', 'MAX_MODEL_BYTES', 'check_version', 'verify_bytes', 'read_metadata', 'read_bytes',
            'ModelStore', 'archived', 'read_archived', 'read_pair', 'present_or_damaged', 'write_store_file',
-           'check_reason', 'read_history_file']
+           'check_reason', 'read_history_file', 'remedy_for_damage']
 
 # %% ../nbs/11_versioning.ipynb #e82b5469
 import os
@@ -39,7 +39,7 @@ def check_version(version: str) -> str:
     return version
 
 # %% ../nbs/11_versioning.ipynb #0634ba9b
-_ROLLBACK_REMEDY = 'Run `ml-ensemble check --repair`, or `ml-ensemble rollback --reason "damaged file"'
+_DAMAGED = "Run `ml-ensemble check`, which names a remedy, or restore the file from git or a backup."
 
 def verify_bytes(model: bytes, metadata: dict, place: str) -> bytes:
     "Return the bytes if their hash is the one in the metadata; `place` names the file in errors."
@@ -48,8 +48,7 @@ def verify_bytes(model: bytes, metadata: dict, place: str) -> bytes:
     actual, recorded = sha256_hex(model), metadata["sha256"]
     if actual != recorded:
         raise IntegrityError(f"{place} has sha256 {actual[:12]}..., its metadata recorded {recorded[:12]}...",
-                             f"{_ROLLBACK_REMEDY} --to {metadata['version']}`, "
-                             "or restore the file from git or a backup.")
+                             _DAMAGED)
     return model
 
 def read_metadata(path: Path, inside: Path | None = None) -> dict:
@@ -60,7 +59,7 @@ def read_metadata(path: Path, inside: Path | None = None) -> dict:
         raise ModelNotFoundError(f"{path} does not exist", "Run `ml-ensemble retrain` to train a first version, or "
                                  "set ML_ENSEMBLE_MODELS to the folder of another store.") from None
     except (OSError, ValueError) as error:
-        raise IntegrityError(f"{path} cannot be used as metadata: {error}", f"{_ROLLBACK_REMEDY} --to VERSION`.") from error
+        raise IntegrityError(f"{path} cannot be used as metadata: {error}", _DAMAGED) from error
 
 def read_bytes(path: Path, inside: Path | None = None) -> bytes:
     "The content of a model file; IntegrityError if it cannot be read."
@@ -68,7 +67,7 @@ def read_bytes(path: Path, inside: Path | None = None) -> bytes:
         return read_regular(path, MAX_MODEL_BYTES, inside)
     except OSError as error:
         raise IntegrityError(f"{path} cannot be read ({error.strerror or error})",
-                             "Restore it from git, a backup, or roll back.") from error
+                             _DAMAGED) from error
 
 # %% ../nbs/11_versioning.ipynb #47d3d342
 class ModelStore:
@@ -416,6 +415,7 @@ class ModelStore:
         []
         """
         with self.locked():
+            _check_inside(self, self.production, self.archive)
             return _recover(self)
 
     @contextmanager
@@ -469,8 +469,7 @@ def read_archived(store: ModelStore, version: str) -> tuple[dict, bytes]:
         known = ", ".join(store.versions()[-5:]) or "none"
         raise ModelNotFoundError(f"version {version} is not in the archive", f"There are: {known}.") from None
     if metadata["version"] != version:
-        raise IntegrityError(f"archive/{metadata_path.name} is the metadata of version {metadata['version']}",
-                             "Restore it from git or a backup.")
+        raise IntegrityError(f"archive/{metadata_path.name} is the metadata of version {metadata['version']}", _DAMAGED)
     return metadata, verify_bytes(read_bytes(model_path, store.root), metadata, f"archive/{model_path.name}")
 
 def read_pair(store: ModelStore) -> tuple[dict, bytes]:
@@ -514,7 +513,7 @@ def _sequence_number(version: str) -> int:
     return int(version[9:])
 
 # %% ../nbs/11_versioning.ipynb #fba5fa8a
-def _changes(store: ModelStore) -> list[dict]:
+def _production_changes(store: ModelStore) -> list[dict]:
     "Promotions and rollbacks by rising sequence, from history, archive and production: sequence, version, kind, replaced."
     records = []
     for version in store.versions():
@@ -522,16 +521,23 @@ def _changes(store: ModelStore) -> list[dict]:
             records.append(read_metadata(archived(store, version)[1], store.root))
         except StoreError:
             continue
-    changes = {e["sequence"]: e for e in store.history() if e["kind"] in ("promotion", "rollback") and e.get("sequence")}
+    changes = {event["sequence"]: event for event in _recorded_changes(store)}
     for record in [*records, present_or_damaged(store) or {}]:
         if {"kind", "at"} <= record.get("event", {}).keys():
             changes[record["sequence"]] = {**record["event"], "sequence": record["sequence"], "version": record["version"]}
     return [changes[sequence] for sequence in sorted(changes)]
 
+def _recorded_changes(store: ModelStore) -> list[dict]:
+    "Promotions and rollbacks in the newest part of the history."
+    events, _ = read_history_file(store, _RECENT_BYTES)
+    return [event for event in events if event["kind"] in ("promotion", "rollback") and "sequence" in event]
+
+_RECENT_BYTES = 2**20    # about 5,000 events; the changes before them are in the archived metadata
+
 def _versions_in_production(store: ModelStore) -> list[str]:
     "Versions that were put into production and not withdrawn since, oldest first; the last one is in production."
     stack: list[str] = []
-    for change in _changes(store):
+    for change in _production_changes(store):
         version, replaced = change.get("version"), change.get("replaced")
         if replaced and replaced not in stack[-1:]:                   # a change that is not recorded
             stack = _up_to(stack, replaced)
@@ -545,8 +551,7 @@ def _up_to(stack: list[str], version: str) -> list[str]:
 
 def _recorded_version(store: ModelStore) -> str | None:
     "The version in production by the history; None if the history lacks the newest change, which may be a withdrawal."
-    recorded = [e["sequence"] for e in store.history() if e["kind"] in ("promotion", "rollback") and e.get("sequence")]
-    changes = _changes(store)
+    recorded, changes = [change["sequence"] for change in _recorded_changes(store)], _production_changes(store)
     return _versions_in_production(store)[-1] if recorded and max(recorded) == changes[-1]["sequence"] else None
 
 def _versions_before(store: ModelStore, current: dict | None) -> list[str]:
@@ -558,14 +563,14 @@ def _versions_before(store: ModelStore, current: dict | None) -> list[str]:
 
 # %% ../nbs/11_versioning.ipynb #415f8742
 @dataclass(frozen=True)
-class _Change:
+class _ProductionChange:
     """A change of production, with everything it writes as bytes."""
     metadata: dict
     model: bytes
     text: bytes           # of the metadata file
     line: bytes           # of the history
 
-def _new_change(metadata: dict, model: bytes) -> _Change:
+def _new_change(metadata: dict, model: bytes) -> _ProductionChange:
     "Convert everything to bytes, and raise ValueError for what a reader would refuse."
     check_metadata(metadata)
     text, event = readable_json(metadata).encode(), metadata["event"]
@@ -574,7 +579,7 @@ def _new_change(metadata: dict, model: bytes) -> _Change:
             raise ValueError(f"the {name} has {len(content):,} bytes, the limit is {limit:,}")
     line = history_line({"at": event["at"], "kind": event["kind"], "sequence": metadata["sequence"],
                          "version": metadata["version"], "replaced": event["replaced"], "reason": event.get("reason")})
-    return _Change(metadata, model, text, line)
+    return _ProductionChange(metadata, model, text, line)
 
 def _complete_metadata(metadata: dict, model: bytes, sequence: int, now: datetime, current: dict | None) -> dict:
     "Complete the metadata of a new version."
@@ -584,7 +589,7 @@ def _complete_metadata(metadata: dict, model: bytes, sequence: int, now: datetim
 
 def _next_sequence(store: ModelStore, current: dict | None) -> int:
     "One more than the highest sequence number in production, history and archive."
-    used = [event["sequence"] for event in store.history() if "sequence" in event]
+    used = [change["sequence"] for change in _recorded_changes(store)]
     number = max([current["sequence"] if current else 0, *used, *map(_sequence_number, store.versions())]) + 1
     if number > MAX_SEQUENCE:
         raise StoreError(f"the sequence number {number} is above the limit of {MAX_SEQUENCE}",
@@ -594,6 +599,7 @@ def _next_sequence(store: ModelStore, current: dict | None) -> int:
 # %% ../nbs/11_versioning.ipynb #d504a706
 def _promote_new(store: ModelStore, model: bytes, metadata: dict, expected: int | None, verify) -> dict:
     "The steps of a promotion; the caller holds the lock."
+    _check_inside(store, store.production, store.archive, _staged(store))
     _recover_or_warn(store)
     current = present_or_damaged(store)
     present = current["sequence"] if current else 0
@@ -617,7 +623,7 @@ def _staged(store: ModelStore) -> Path:
     return store.root / ".staging" / "promotion"
 
 # %% ../nbs/11_versioning.ipynb #a16bdf7d
-def _install(store: ModelStore, change: _Change, candidate: Path | None = None) -> None:
+def _install(store: ModelStore, change: _ProductionChange, candidate: Path | None = None) -> None:
     "Back up, replace the production pair (metadata last), and complete archive and history; interrupts wait."
     with _delayed_interrupts():
         backup = _backup_pair(store) if (store.production / METADATA_FILE).exists() else None
@@ -630,7 +636,7 @@ def _install(store: ModelStore, change: _Change, candidate: Path | None = None) 
             write_store_file(store, store.production / METADATA_FILE, change.text)
         except BaseException as error:
             if (present_or_damaged(store) or {}).get("sequence") != change.metadata["sequence"]:
-                _undo(store, backup, model_path if candidate else None)
+                _undo(store, change, backup, model_path if candidate else None)
                 raise
             warn(f"version {change.metadata['version']} is in production, but the disk did not confirm it ({error})",
                  RuntimeWarning, stacklevel=2)
@@ -640,7 +646,7 @@ def _install(store: ModelStore, change: _Change, candidate: Path | None = None) 
         _after_commit(change, "the history lacks it", lambda: _append_history(store, change.line))
         _after_commit(change, "old versions could not be deleted", lambda: _prune(store))
 
-def _after_commit(change: _Change, problem: str, step: Callable[[], object]) -> None:
+def _after_commit(change: _ProductionChange, problem: str, step: Callable[[], object]) -> None:
     "A step whose failure is a warning, because the change has taken place."
     try:
         step()
@@ -648,14 +654,14 @@ def _after_commit(change: _Change, problem: str, step: Callable[[], object]) -> 
         warn(f"version {change.metadata['version']} is in production, but {problem} ({error}); `ml-ensemble check "
              "--repair` completes it", RuntimeWarning, stacklevel=3)
 
-def _undo(store: ModelStore, backup: Path | None, archived_model: Path | None) -> None:
+def _undo(store: ModelStore, change: _ProductionChange, backup: Path | None, archived_model: Path | None) -> None:
     "Restore the model in production from the backup, by a hard link, and remove the model from the archive."
     target = store.production / MODEL_FILE
     try:
         if backup and (backup / MODEL_FILE).exists():
             _move(_linked(backup / MODEL_FILE, target), target)
-        else:
-            target.unlink(missing_ok=True)
+        elif target.is_file() and read_regular(target, MAX_MODEL_BYTES, store.root) == change.model:
+            target.unlink()
         if archived_model:
             archived_model.unlink(missing_ok=True)
     except OSError as error:
@@ -683,11 +689,19 @@ def _make_folder(folder: Path) -> None:
 
 def write_store_file(store: ModelStore, path: Path, data: bytes | str) -> Path:
     "Replace a file of the store at once; readable for everybody, and never outside the store."
+    _check_inside(store, path.parent)
     _make_folder(path.parent)
-    if not path.parent.resolve().is_relative_to(store.root.resolve()):
-        raise StoreError(f"{path.parent} is a link to {path.parent.resolve()}, outside the store {store.root}",
-                         "Replace the link by a folder, or set ML_ENSEMBLE_MODELS to the folder of the store.")
     return write_atomic(path, data, mode=0o644, follow_link=False)
+
+def _check_inside(store: ModelStore, *folders: Path) -> None:
+    "Raise StoreError for a folder that a link has moved out of the store."
+    for folder in folders:
+        if not _is_inside(store, folder):
+            raise StoreError(f"{folder} is a link to {os.path.realpath(folder)}, outside the store {store.root}",
+                             "Replace the link by a folder, or set ML_ENSEMBLE_MODELS to the folder of the store.")
+
+def _is_inside(store: ModelStore, folder: Path) -> bool:
+    return Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(store.root))
 
 # %% ../nbs/11_versioning.ipynb #2fa87e28
 _SIGNALS = [getattr(signal, name) for name in ("SIGHUP", "SIGTERM", "SIGINT") if hasattr(signal, name)]
@@ -751,6 +765,7 @@ def _prune(store: ModelStore) -> None:
 def _roll_back(store: ModelStore, reason: str, version: str | None, verify) -> dict:
     "The steps of a rollback; the caller holds the lock."
     check_reason(reason)
+    _check_inside(store, store.production, store.archive)
     _recover_or_warn(store)
     current = present_or_damaged(store)
     metadata, model = read_archived(store, version) if version else _read_before(store, current)
@@ -815,19 +830,19 @@ def _ends_with_newline(file) -> bool:
     file.seek(-1, os.SEEK_END)
     return file.read(1) == b"\n"
 
-def read_history_file(store: ModelStore) -> tuple[list[dict], list[str]]:
-    "Events of the newest 16 MiB, and a message for each line that is no event or for a file that cannot be read."
+def read_history_file(store: ModelStore, limit: int = MAX_HISTORY_BYTES) -> tuple[list[dict], list[str]]:
+    "Events of the newest `limit` bytes, and a message for each line that is no event or for a file that cannot be read."
     try:
-        return _parse_history_file(store)
+        return _parse_history_file(store, limit)
     except OSError as error:
         return [], [f"the file cannot be read: {error.strerror or error}"]
 
-def _parse_history_file(store: ModelStore) -> tuple[list[dict], list[str]]:
+def _parse_history_file(store: ModelStore, limit: int) -> tuple[list[dict], list[str]]:
     try:
-        data = read_regular(_history_path(store), MAX_HISTORY_BYTES, store.root, tail=True)
+        data = read_regular(_history_path(store), limit, store.root, tail=True)
     except (FileNotFoundError, NotADirectoryError):
         return [], []
-    return parse_history(data, complete=len(data) < MAX_HISTORY_BYTES)
+    return parse_history(data, complete=len(data) < limit)
 
 def _without_surrogates(value):
     "The value with lone surrogates in its texts replaced by escape sequences."
@@ -853,13 +868,13 @@ def _recover_or_warn(store: ModelStore) -> None:
     "Repair before a change; what cannot be repaired does not prevent the change."
     try:
         _recover(store)
-    except (OSError, StoreError) as error:
+    except (OSError, MLEnsembleError) as error:
         warn(f"the store could not be repaired: {error}", RuntimeWarning, stacklevel=4)
 
 def _remove_leftovers(store: ModelStore) -> list[str]:
     "Remove temporary files, a candidate, and archived models whose promotion was cut off."
     folders = (store.production, store.archive, store.root / "training", *store.root.glob("production_backup_*"))
-    files = [path for folder in folders for path in folder.glob(".*.tmp")]
+    files = [path for folder in folders if _is_inside(store, folder) for path in folder.glob(".*.tmp")]
     present, known = (present_or_damaged(store) or {}).get("version"), set(store.versions())
     for path in store.archive.glob("production_ensemble_*.pkl"):
         if path.stem.removeprefix("production_ensemble_") not in known | {present}:
@@ -867,7 +882,7 @@ def _remove_leftovers(store: ModelStore) -> list[str]:
     for path in files:
         path.unlink(missing_ok=True)
     done = [f"removed {path.relative_to(store.root)}, left by a killed process" for path in files]
-    if _staged(store).exists():
+    if _staged(store).exists() and _is_inside(store, _staged(store)):
         shutil.rmtree(_staged(store), ignore_errors=True)
         done.append("removed a candidate whose promotion was cut off")
     return done
@@ -890,7 +905,7 @@ def _restore_pair(store: ModelStore) -> list[str]:
     write_store_file(store, store.production / MODEL_FILE, model)
     if current:
         return [f"restored production/{MODEL_FILE} of version {version} from the archive"]
-    change = _changes(store)[-1]
+    change = _production_changes(store)[-1]
     event = {name: change.get(name) for name in ("kind", "at", "reason", "replaced") if name in (*change, "replaced")}
     write_store_file(store, store.production / METADATA_FILE,
                      readable_json({**metadata, "sequence": change["sequence"], "event": event}))
@@ -911,10 +926,35 @@ def _complete_archive(store: ModelStore, current: dict) -> list[str]:
 
 def _complete_history(store: ModelStore, current: dict) -> list[str]:
     "Append the line of the newest change if the history lacks it."
-    event, (events, _) = current.get("event", {}), _parse_history_file(store)
+    event, (events, _) = current.get("event", {}), _parse_history_file(store, _RECENT_BYTES)
     if not {"kind", "at"} <= event.keys() or any(e.get("sequence") == current["sequence"] for e in events):
         return []
     _append_history(store, history_line({"at": event["at"], "kind": event["kind"], "sequence": current["sequence"],
                                          "version": current["version"], "replaced": event.get("replaced"),
                                          "reason": event.get("reason")}))
     return [f"added the {event['kind']} of version {current['version']} to the history"]
+
+# %% ../nbs/11_versioning.ipynb #c85fa334
+def remedy_for_damage(store: ModelStore) -> str:
+    "The remedy for damaged files in production, after a trial: repair, rollback or retrain."
+    current, reason = present_or_damaged(store), '--reason "damaged files"'
+    recorded = current["version"] if current else _recorded_version(store)
+    before = _versions_before(store, current)
+    others = [version for version in reversed(store.versions()) if version not in (recorded, *before)]
+    intact = next((version for version in others if _is_intact(store, version)), None)
+    if recorded and _is_intact(store, recorded, current["sha256"] if current else None):
+        command = "check --repair"
+    elif any(_is_intact(store, version) for version in before):
+        command = f"rollback {reason}"
+    elif intact:
+        command = f"rollback {reason} --to {intact}"
+    else:
+        return "Restore models/ from git, or run `ml-ensemble retrain`: no version in the archive is intact."
+    return f"Run `ml-ensemble {command}`, or restore the files from git."
+
+def _is_intact(store: ModelStore, version: str, sha256: str | None = None) -> bool:
+    "Whether the archived files of a version are intact, and are those with the given hash."
+    try:
+        return sha256 in (None, read_archived(store, version)[0]["sha256"])
+    except StoreError:
+        return False

@@ -115,13 +115,17 @@ PUBLIC = {
         use_of_probabilities volatility_forecast volatility_inputs
     """,
     "trading_costs": "entry_delay known_spread net_returns plot_spread positions rolling_spread side_cost",
+    "store_records": """
+        MAX_HISTORY_BYTES MAX_METADATA_BYTES MAX_SEQUENCE VERSION check_fields check_metadata history_line parse_history
+        parse_json parse_metadata
+    """,
     "text_tables": "TextLayout TextTable read_text_table",
     "training": "fit_all make_ensemble parity_error probe_artefact trained_proba verify_version",
     "tree_graph": "READERS Tree to_onnx",
     "validation": "CombinatorialPurgedSplit PurgedWalkForward assemble_paths block_edges index_ns walk_forward_splits",
     "versioning": """
-        METADATA_FILE MODEL_FILE ModelStore archived install present_or_damaged read_archived read_bytes read_metadata
-        verify_bytes
+        MAX_MODEL_BYTES METADATA_FILE MODEL_FILE ModelStore archived check_reason check_version present_or_damaged read_archived
+        read_bytes read_history_file read_metadata read_pair remedy_for_damage verify_bytes write_store_file
     """,
     "walk_forward": """
         Predictions TrainingSet WalkForwardResult check_class_labels check_probabilities is_complete make_training_set

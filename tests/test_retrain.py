@@ -365,9 +365,13 @@ def test_an_environment_variable_can_be_null_or_wrong(monkeypatch):
         load_settings()
 
 
-def test_a_version_with_empty_metadata_is_a_finding_and_no_crash(trained_copy):
+def test_metadata_that_is_wrong_or_without_figures_is_a_finding_and_no_crash(trained_copy):
     path = trained_copy.production / "production_model_metadata.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "created_at": "yesterday", "metrics": None}))
+    facts = json.loads(path.read_text())
+    path.write_text(json.dumps({**facts, "created_at": "yesterday", "metrics": None}))
+    production = {finding.part: finding for finding in diagnose(trained_copy).findings}["production"]
+    assert production.status == "fault" and "created_at is yesterday" in production.seen and "check --repair" in production.remedy
+    path.write_text(json.dumps({name: value for name, value in facts.items() if name != "metrics"}))
     assert {f.part: f.status for f in diagnose(trained_copy).findings}["figures"] == "fault"
 
 
