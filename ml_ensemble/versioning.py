@@ -615,7 +615,8 @@ def _promote_new(store: ModelStore, model: bytes, metadata: dict, expected: int 
             verify(folder / MODEL_FILE)
         _install(store, change, folder)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with _delayed_interrupts():
+            shutil.rmtree(folder, ignore_errors=True)
     return complete
 
 def _staged(store: ModelStore) -> Path:
