@@ -17,13 +17,13 @@ from typing import Self
 import numpy as np
 
 from .candles import bar_interval, bar_times
-from .core import IntegrityError, ModelNotFoundError, StoreError, ValidationError, iso, utc_now
+from .core import IntegrityError, ModelNotFoundError, StoreError, ValidationError, iso, read_regular, utc_now
 from .feature_manager import FeatureManager
 from .inference import EPOCH, LoadedModel, ForkLock, decide_rows, open_payload, predict_proba
 from .live import (CLASS_NAMES, Decision, LiveStream, ServingState, bar_interval_ns, check_bars, decide_bar,
                               decide_values, read_history, split_unfinished, warm_stream)
 from .metrics import accuracy, confusion_matrix, row_log_loss, weighted_f1
-from .model_file import check_payload, read_payload
+from .model_file import MAX_MODEL_BYTES, check_payload, read_payload
 from .versioning import (METADATA_FILE, MODEL_FILE, ModelStore, read_archived, read_bytes, read_metadata,
                                     verify_bytes)
 
@@ -125,7 +125,7 @@ class _Predictor:
         Decision
             `decision`, `probability` and `probabilities`. `reason` is empty, or names the cause of an abstention (the
             decision is then `hold` and the probabilities are NaN): the warm-up, a model whose newest training bar is
-            too old, metadata without a valid time, or a model input outside the training range.
+            too old, metadata without a valid time, a clock set back, or a model input outside the training range.
 
         Raises
         ------
@@ -534,9 +534,9 @@ def load_file(path: Path, features: FeatureManager | None = None,
               clock: Callable[[], datetime] = utc_now) -> ProductionEnsemble:
     "Load an ensemble from a file; it is verified if its folder contains the metadata."
     try:
-        model = path.read_bytes()
+        model = read_regular(path, MAX_MODEL_BYTES)
     except OSError as error:
-        raise ModelNotFoundError(f"{path} cannot be read ({error.strerror})",
+        raise ModelNotFoundError(f"{path} cannot be read ({error.strerror or error})",
                                  "Name a version (`ml-ensemble history`) or an existing file.") from None
     metadata = metadata_beside(path)
     if metadata:

@@ -7,6 +7,7 @@ __all__ = ['check_graph']
 
 # %% ../nbs/13_model_graph.ipynb #13f00003
 import re
+from collections.abc import Callable
 
 import numpy as np
 
@@ -59,17 +60,20 @@ def _fields(data: memoryview, message: str, kinds: dict[int, int]) -> dict[int, 
             raise _unsafe(_RUNS[message, number])
         if kinds.get(number) != kind or number < newest:
             raise _damaged(f"field {number} of kind {kind} is not expected at this place of a {message}")
-        value, at = _varint(data, at)
-        if kind == 2:
-            if value > len(data) - at:
-                raise _damaged(f"a {message} announces {value} bytes, {len(data) - at} are left")
-            value, at = data[at:at + value], at + value
-        values[number].append(value)
+        length, at = _varint(data, at)
+        if kind == 0:
+            values[number].append(length)
+        elif length > len(data) - at:
+            raise _damaged(f"a {message} announces {length} bytes, {len(data) - at} are left")
+        else:
+            values[number].append(data[at:at + length])
+            at += length
         if len(values[number]) > _MAX_REPEATS:
             raise _damaged(f"field {number} of a {message} occurs more than {_MAX_REPEATS} times")
         newest = number
     return values
 
+# %% ../nbs/13_model_graph.ipynb #13f00025
 def _single(values: list, message: str):
     "The value of a field that must occur once."
     if len(values) != 1:
@@ -135,7 +139,8 @@ def _int_value(data: memoryview) -> int:
     "Value of an attribute that is one integer."
     return _single(_fields(data, "number", {3: 0})[3], "number")
 
-_DECODERS = {_INT: _int_value, _FLOATS: _float_list, _INTS: _int_list, _STRINGS: _mode_list}
+_Decoder = Callable[[memoryview], int | np.ndarray]
+_DECODERS: dict[int, _Decoder] = {_INT: _int_value, _FLOATS: _float_list, _INTS: _int_list, _STRINGS: _mode_list}
 
 def _attribute(data: memoryview, types: dict[str, int]) -> tuple[str, int | np.ndarray]:
     "Name and value of an attribute; `types` maps the accepted names to their type."
@@ -307,7 +312,7 @@ def check_graph(model: bytes, size: int, classes: int) -> None:
     _name(_single(graph[2], "graph"))
     if graph[11] != [_value_info("view", size)] or graph[12] != [_value_info("probabilities", classes)]:
         raise _damaged(f"it does not map view (N, {size}) to probabilities (N, {classes}), both float32")
-    constants, shapes = dict(_constant(part) for part in graph[5]), {"view": (size,)}
+    constants, shapes = dict(_constant(part) for part in graph[5]), _Shapes(view=(size,))
     if len(constants) < len(graph[5]):
         raise _damaged("two constants have one name")
     for part in graph[1]:
