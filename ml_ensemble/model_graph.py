@@ -17,7 +17,7 @@ from .core import IntegrityError, UnsafeModelError
 _MAX_REPEATS = 64        # nodes, constants, inputs of a node, attributes
 _MAX_COLUMNS = 256       # of a computed value
 _MAX_DIMENSION = 4096    # of a constant
-_MAX_ENTRIES = 2**22     # of a list in an attribute
+_MAX_ENTRIES = 2**21     # of a list in an attribute
 _MAX_DEPTH = 256         # levels of a tree; ONNX Runtime 1.32 recurses, and fails near 400 on a stack of 256 KiB
 _NAME = re.compile(rb"[A-Za-z0-9_.]{1,100}")
 
@@ -91,12 +91,12 @@ _INT, _FLOATS, _INTS, _STRINGS = 2, 6, 7, 8                  # types of attribut
 _MODES = (b"J\x04LEAF", b"J\x0aBRANCH_LEQ", b"J\x09BRANCH_LT")    # encoded entries; J is their tag
 
 def _int_list(data: memoryview) -> np.ndarray:
-    "Entries of an attribute of integers, (N,) int64 from 0 to 2**28 - 1."
+    "Entries of an attribute of integers, (N,) int32 from 0 to 2**28 - 1."
     encoded = np.frombuffer(data, dtype=np.uint8)
     if len(encoded) > 5 * _MAX_ENTRIES:
         raise _damaged(f"a list has more than {_MAX_ENTRIES} entries")
     if not len(encoded) % 2 and (encoded[::2] == 0x40).all() and (encoded[1::2] < 128).all():
-        return encoded[1::2].astype(np.int64)                                 # the common case: one byte an entry
+        return encoded[1::2].astype(np.int32)                                 # the common case: one byte an entry
     ends = np.flatnonzero(encoded < 128)
     if len(ends) % 2 or not len(ends) or ends[-1] != len(encoded) - 1:
         raise _damaged("a list ends within an entry")
@@ -104,10 +104,10 @@ def _int_list(data: memoryview) -> np.ndarray:
     lengths = ends - tags
     if tags[0] or (encoded[tags] != 0x40).any() or not np.array_equal(tags[1:], ends[:-1] + 1) or lengths.max() > 4:
         raise _damaged("a list of integers holds something else, or one that is too large")
-    values = (encoded[tags + 1] & 127).astype(np.int64)
+    values = (encoded[tags + 1] & 127).astype(np.int32)
     for place in range(1, int(lengths.max())):
         rows = np.flatnonzero(lengths > place)
-        values[rows] |= (encoded[tags[rows] + 1 + place] & 127).astype(np.int64) << 7 * place
+        values[rows] |= (encoded[tags[rows] + 1 + place] & 127).astype(np.int32) << 7 * place
     if (encoded[ends[lengths > 1]] == 0).any():
         raise _damaged("a number is longer than it needs to be")
     return values
@@ -189,11 +189,10 @@ _TREE_TYPES = {"n_targets": _INT, "nodes_modes": _STRINGS, "nodes_values": _FLOA
 
 def _check_trees(a: dict, columns: int, outputs: int) -> int:
     "Number of outputs of a TreeEnsembleRegressor on (N, `columns`), at most `outputs`."
-    base = a.get("base_values", np.zeros(a.get("n_targets", 0)))
     if missing := sorted(set(_TREE_TYPES) - set(a)):
         raise _damaged(f"a tree node has no attribute {missing[0]}")
-    if not 1 <= a["n_targets"] <= outputs or len(base) != a["n_targets"]:
-        raise _damaged(f"a tree node has {a['n_targets']} outputs and {len(base)} base values")
+    if not 1 <= a["n_targets"] <= outputs or "base_values" in a and len(a["base_values"]) != a["n_targets"]:
+        raise _damaged(f"a tree node has {a['n_targets']} outputs of {outputs}, or base values for another number")
     tree, node, feature, left, right, values, is_split = (
         a[f"nodes_{name}"] for name in (*_TREE_LISTS, "values", "modes"))
     if {len(part) for part in (node, feature, left, right, values, is_split)} != {len(tree)}:
@@ -236,17 +235,21 @@ def _constant(data: memoryview) -> tuple[str, tuple[int, ...]]:
 _ATTRIBUTES = {"TreeEnsembleRegressor": _TREE_TYPES | {"base_values": _FLOATS}, "Softmax": {"axis": _INT},
                "Concat": {"axis": _INT}, "Identity": {}, "Sigmoid": {}, "MatMul": {}, "Add": {}, "Sub": {}, "Mul": {}, "Sum": {}}
 
-def _read_node(data: memoryview) -> tuple[str, list[str], str, dict]:
-    "Operator, names of the inputs, name of the output, and attributes of a node."
+def _read_node(data: memoryview) -> tuple[str, list[str], str, list[memoryview]]:
+    "Operator, names of the inputs, name of the output, and encoded attributes of a node."
     parts = _fields(data, "node", {1: 2, 2: 2, 4: 2, 5: 2, 7: 2})
     operator = _name(_single(parts[4], "node"))
     domain = "" if parts[7] in ([], [b""]) else _name(_single(parts[7], "node"))
     if operator not in _ATTRIBUTES or domain != ("ai.onnx.ml" if operator == "TreeEnsembleRegressor" else ""):
         raise _unsafe(f"the operator {operator}{f' of {domain}' if domain else ''}")
-    attributes = dict(_attribute(part, _ATTRIBUTES[operator]) for part in parts[5])
-    if len(attributes) < len(parts[5]) or attributes.get("axis", 1) != 1 or "axis" in _ATTRIBUTES[operator] and not attributes:
+    return operator, [_name(part) for part in parts[1]], _name(_single(parts[2], "node")), parts[5]
+
+def _read_attributes(operator: str, encoded: list[memoryview]) -> dict:
+    "Attributes of a node; an axis must be 1."
+    attributes = dict(_attribute(part, _ATTRIBUTES[operator]) for part in encoded)
+    if len(attributes) < len(encoded) or attributes.get("axis", 1) != 1 or "axis" in _ATTRIBUTES[operator] and not attributes:
         raise _damaged(f"attributes of the node {operator} are missing, occur twice, or are not those that training writes")
-    return operator, [_name(part) for part in parts[1]], _name(_single(parts[2], "node")), attributes
+    return attributes
 
 # %% ../nbs/13_model_graph.ipynb #13f00021
 _Shapes = dict[str, tuple[int, ...]]
@@ -312,13 +315,14 @@ def check_graph(model: bytes, size: int, classes: int) -> None:
     _name(_single(graph[2], "graph"))
     if graph[11] != [_value_info("view", size)] or graph[12] != [_value_info("probabilities", classes)]:
         raise _damaged(f"it does not map view (N, {size}) to probabilities (N, {classes}), both float32")
+    nodes = [_read_node(part) for part in graph[1]]
     constants, shapes = dict(_constant(part) for part in graph[5]), _Shapes(view=(size,))
     if len(constants) < len(graph[5]):
         raise _damaged("two constants have one name")
-    for part in graph[1]:
-        operator, names, output, attributes = _read_node(part)
+    for operator, names, output, encoded in nodes:
         if output in shapes or output in constants:
             raise _damaged(f"the name {output} is defined twice")
+        attributes = _read_attributes(operator, encoded)
         shapes[output] = (_columns(operator, names, attributes, shapes, constants, classes),)
         if shapes[output][0] > _MAX_COLUMNS:
             raise _damaged(f"{output} has {shapes[output][0]} columns, the limit is {_MAX_COLUMNS}")

@@ -104,9 +104,12 @@ def probe_artefact(path: str | Path, custom: Sequence[str] = ()) -> dict:
                                     timeout=_PROBE_SECONDS).returncode
         except subprocess.TimeoutExpired:
             raise IntegrityError(f"the verification of {name} took longer than {_PROBE_SECONDS} s", remedy) from None
+        printed, reason = _end_of(output), _end_of(errors).strip().splitlines() or [f"it ended with status {status}"]
+    try:
         if not status:
-            return json.loads(_end_of(output))
-        reason = _end_of(errors).strip().splitlines() or [f"it ended with status {status}"]
+            return json.loads(printed)
+    except ValueError:
+        reason = ["it returned no figures"]
     raise IntegrityError(f"a fresh process could not load {name}: {shorten(reason[-1], 500)}", remedy)
 
 _PROBE_SECONDS = 60
