@@ -345,7 +345,7 @@ class ProductionEnsemble(_Predictor):
         A file is damaged: it cannot be read, its hash is not the recorded one, or the probabilities of its canary rows
         differ. `LFSPointerError`, a subclass, if it is a Git LFS pointer.
     UnsafeModelError
-        The model file contains more than plain data.
+        The model file contains more than plain data, or its graph asks for something that runs or is read from elsewhere.
     FeatureError
         The model was trained on another definition of the features, or custom features are missing in `features`.
     ConfigError

@@ -167,10 +167,10 @@ def _check_numbering(tree: np.ndarray, node: np.ndarray) -> tuple[np.ndarray, np
 def _check_children(roots: np.ndarray, is_split: np.ndarray, left: np.ndarray, right: np.ndarray, ends: np.ndarray) -> None:
     "Positions of the children (N,), `ends` (N,) that of the first node after the tree; see above."
     splits = np.flatnonzero(is_split)
-    for child in (left[splits], right[splits]):
-        if (child <= splits).any() or (child >= ends[splits]).any():
-            raise _damaged("a child is not a later node of the same tree")
-    parents = np.bincount(np.concatenate([left[splits], right[splits], roots]), minlength=len(is_split))
+    children, limits = np.concatenate([left[splits], right[splits]]), ends[splits]
+    if (children <= np.tile(splits, 2)).any() or (children >= np.tile(limits, 2)).any():
+        raise _damaged("a child is not a later node of the same tree")
+    parents = np.bincount(np.concatenate([children, roots]), minlength=len(is_split))
     if (parents != 1).any():
         raise _damaged("a node of a tree does not have exactly one parent")
     level = roots
@@ -233,7 +233,7 @@ def _constant(data: memoryview) -> tuple[str, tuple[int, ...]]:
     return name, shape
 
 _ATTRIBUTES = {"TreeEnsembleRegressor": _TREE_TYPES | {"base_values": _FLOATS}, "Softmax": {"axis": _INT},
-               "Concat": {"axis": _INT}, "Identity": {}, "Sigmoid": {}, "MatMul": {}, "Add": {}, "Sub": {}, "Mul": {}, "Sum": {}}
+               "Concat": {"axis": _INT}, "Identity": {}, "Neg": {}, "Sigmoid": {}, "MatMul": {}, "Add": {}, "Sub": {}, "Mul": {}, "Sum": {}}
 
 def _read_node(data: memoryview) -> tuple[str, list[str], str, list[memoryview]]:
     "Operator, names of the inputs, name of the output, and encoded attributes of a node."
@@ -268,7 +268,7 @@ def _columns(operator: str, names: list[str], attributes: dict, shapes: _Shapes,
     elif operator in ("Add", "Sub", "Mul", "Sum") and computed and (operator == "Sum" or len(names) == 2):
         if set(widths) <= {1, max(widths)} and all(len(shape) == 1 or shape[0] == 1 for shape in fixed):
             return max(widths)
-    elif operator in ("Identity", "Sigmoid", "Softmax", "TreeEnsembleRegressor") and len(names) == 1 and computed:
+    elif operator in ("Identity", "Neg", "Sigmoid", "Softmax", "TreeEnsembleRegressor") and len(names) == 1 and computed:
         return _check_trees(attributes, widths[0], outputs) if operator == "TreeEnsembleRegressor" else widths[0]
     raise _damaged(f"the inputs {', '.join(names)} do not fit the operator {operator}")
 

@@ -434,6 +434,31 @@ def test_every_graph_that_training_writes_passes_and_predicts_as_the_learners(na
         check_graph(to_onnx(learners, weights, classes, 12), 11, classes)
 
 
+def test_a_graph_of_the_older_form_passes_and_predicts_as_before():
+    """Older model files: trees over the inputs and the negated inputs, here with every second split turned."""
+    data, chosen = training_set(2), load_settings(SMALL)
+    learners = fit_all(data, make_learners(chosen.learners.model_dump(), 1))
+    model = make_ensemble(data, learners, chosen.ensemble.weights.model_dump(), 0.5)
+    expected, graph = model.predict_proba(data.features), onnx.load_from_string(read_payload(model.to_bytes())["model"])
+    for each in graph.graph.node:
+        if each.op_type == "TreeEnsembleRegressor":
+            each.input[:] = ["both"]
+            a = {attribute.name: attribute for attribute in each.attribute}
+            for k in range(0, len(a["nodes_modes"].strings), 2):
+                value = np.float32(a["nodes_values"].floats[k])
+                if a["nodes_modes"].strings[k] != b"BRANCH_LEQ" or abs(value) < np.finfo(np.float32).tiny:
+                    continue
+                a["nodes_featureids"].ints[k] += 12                       # x <= t is not -x <= the float32 below -t
+                a["nodes_values"].floats[k] = -np.nextafter(value, np.float32(np.inf))
+                yes, no = a["nodes_truenodeids"].ints[k], a["nodes_falsenodeids"].ints[k]
+                a["nodes_truenodeids"].ints[k], a["nodes_falsenodeids"].ints[k] = no, yes
+    nodes = [node("Neg", ["view"], ["negative"]), node("Concat", ["view", "negative"], ["both"], axis=1), *graph.graph.node]
+    del graph.graph.node[:]
+    graph.graph.node.extend(nodes)
+    older = restore_ensemble(read_payload(model.to_bytes()) | {"model": graph.SerializeToString()})
+    assert older.predict_proba(data.features).tobytes() == expected.tobytes()
+
+
 # --- mutations --------------------------------------------------------------------------------------------------------
 
 MUTANTS = """
