@@ -23,8 +23,8 @@ from .inference import EPOCH, LoadedModel, ForkLock, decide_rows, open_payload, 
 from .live import (CLASS_NAMES, Decision, LiveStream, ServingState, bar_interval_ns, check_bars, decide_bar,
                               decide_values, read_history, split_unfinished, warm_stream)
 from .metrics import accuracy, confusion_matrix, row_log_loss, weighted_f1
-from .model_file import MAX_MODEL_BYTES, check_payload, read_payload
-from .versioning import (METADATA_FILE, MODEL_FILE, ModelStore, read_archived, read_bytes, read_metadata,
+from .model_file import check_payload, read_payload
+from .versioning import (MAX_MODEL_BYTES, METADATA_FILE, MODEL_FILE, ModelStore, read_archived, read_bytes, read_metadata,
                                     verify_bytes)
 
 # %% ../nbs/17_ensemble.ipynb #a1c05e51

@@ -20,15 +20,15 @@ from scratch import clean_environment
 from ml_ensemble import FeatureManager, ProductionEnsemble, training
 from ml_ensemble.base_learners import make_learners
 from ml_ensemble.config import load_settings
-from ml_ensemble.core import IntegrityError, UnsafeModelError
+from ml_ensemble.core import IntegrityError, ModelNotFoundError, UnsafeModelError
 from ml_ensemble.ensemble import restore_ensemble
 from ml_ensemble.labels import forward_return_labels
-from ml_ensemble.model_file import MAX_MODEL_BYTES, read_payload
+from ml_ensemble.model_file import read_payload
 from ml_ensemble.model_graph import check_graph
 from ml_ensemble.sandbox import simulate_market
 from ml_ensemble.training import fit_all, make_ensemble, probe_artefact, verify_version
 from ml_ensemble.tree_graph import to_onnx
-from ml_ensemble.versioning import ModelStore
+from ml_ensemble.versioning import MAX_MODEL_BYTES, ModelStore
 from ml_ensemble.walk_forward import make_training_set
 
 node, tensor = helper.make_node, helper.make_tensor
@@ -393,10 +393,13 @@ def test_the_hostile_graphs_are_hostile(tmp_path):
     assert float(in_a_session(elsewhere("secret.bin"), 60, tmp_path).stdout) == pytest.approx(1 / (1 + np.exp(-3)))
 
 
-def test_a_model_file_above_the_limit_is_not_read(store):
-    store.promote(bytes(MAX_MODEL_BYTES + 1), {})
+def test_a_model_file_above_the_limit_is_not_read(tmp_path):
+    with open(tmp_path / "model.pkl", "wb") as file:
+        file.truncate(MAX_MODEL_BYTES + 1)
+    with pytest.raises(ModelNotFoundError, match="limit is"):
+        ProductionEnsemble.load(tmp_path / "model.pkl")
     with pytest.raises(IntegrityError, match="limit is"):
-        ProductionEnsemble(store=store)
+        read_payload(bytes(MAX_MODEL_BYTES + 1))
 
 
 # --- what training writes passes --------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ PUBLIC = {
         accuracy calibration_error confusion_matrix f1_scores macro_f1 matthews_correlation mean_roc_auc one_hot
         precision_recall reliability_bins roc_auc row_brier row_log_loss skill_score weighted_f1
     """,
-    "model_file": "CANARY_TOLERANCE FORMAT MAX_MODEL_BYTES check_definition check_payload read_payload",
+    "model_file": "CANARY_TOLERANCE FORMAT check_definition check_payload read_payload",
     "model_graph": "check_graph",
     "monitoring": "Diagnosis HealthCheck diagnose plot_recent plot_versions send_alert version_table",
     "onnx_export": "export_onnx load_with_custom to_full_onnx",
