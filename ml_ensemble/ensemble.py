@@ -694,7 +694,8 @@ def _markdown_table(info: dict) -> str:
     expires = ", ".join(f"{moment} ({kind})" for kind, moment in info["expires_at"].items() if moment)
     rows = {"version": info["version"] or "unversioned", "trained": info["created_at"] or "unknown",
             "newest training bar": info["newest_bar"] or "unknown",
-            "abstains from": expires or "never: no metadata", "classes": meaning + threshold,
+            "abstains from": expires or ("always: no valid time in the metadata" if info["version"] else "never: no metadata"),
+            "classes": meaning + threshold,
             "weights": ", ".join(f"{name} {share:g}" for name, share in info["weights"].items()),
             "calibration": info["calibration"]["kind"], "features": f"{info['n_features']}, {info['calendar']}",
             "known range": f"that of the training bars, extended by {info['range_margin']:g} of its width",

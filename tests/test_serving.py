@@ -196,6 +196,7 @@ def test_the_age_of_a_model_is_counted_in_bars_or_by_the_clock(features, time, c
         answer = model.predict_one(row, time=moment)
         assert answer.reason == said and math.isnan(answer.probability) == bool(said)
         assert not said or (answer.decision, answer.version) == ("hold", "20250901-0001")
+    assert ("always: no valid time" in model._repr_markdown_()) == (said == NO_DATE)
     assert model.decide(100, 101, 99, 100, 5, time=same[0]).reason == (said or "warm-up: 1 of 49 bars")
     assert np.isfinite(model.predict_proba(features)[49:]).all()          # a backtest may look anywhere
 
