@@ -9,7 +9,7 @@ __all__ = ['send_alert', 'HealthCheck', 'Diagnosis', 'diagnose', 'version_table'
 import os
 import shutil
 from dataclasses import asdict, dataclass
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from warnings import catch_warnings, simplefilter, warn
 
 import numpy as np
@@ -106,15 +106,31 @@ def _check_production(store: ModelStore, settings: Settings | None) -> tuple[Hea
 # %% ../nbs/50_monitoring.ipynb #bd355cb3
 def _check_age(info: dict, settings: Settings, now: datetime) -> HealthCheck:
     "Check the number of days since the newest training bar; without one in the metadata, since the training."
-    trained = (now - datetime.fromisoformat(info["created_at"])) / timedelta(days=1)
-    days, seen = trained, f"{trained:.1f} days since training"
-    if (info["data"] or {}).get("to"):
-        days = (now - datetime.fromisoformat(info["newest_bar"])) / timedelta(days=1)
-        seen = f"{days:.1f} days since the newest training bar ({info['newest_bar'][:16]}), trained {trained:.1f} days ago"
+    names = {"the newest training bar": "newest_bar", "training": "created_at"}
+    times = {event: _with_zone(datetime.fromisoformat(info[name])) for event, name in names.items() if info[name]}
+    if not times or (info["data"] or {}).get("to") and not info["newest_bar"]:
+        return HealthCheck("age", "fault", "cannot determine model age: the metadata contain no valid time",
+                           "Roll back to a version with valid metadata, or retrain.")
+    latest = max(times, key=lambda event: times[event])
+    if now < times[latest]:
+        return HealthCheck("age", "fault" if times[latest] - now > _CLOCK_SLACK else "warning",
+                           f"cannot determine model age: the clock reads {now:%Y-%m-%d %H:%M:%S} UTC, before {latest} at "
+                           f"{times[latest]:%Y-%m-%d %H:%M:%S} UTC", "Set the clock of this machine.")
+    age = {event: (now - time) / timedelta(days=1) for event, time in times.items()}
+    event, days = next(iter(age.items()))
+    seen = f"{days:.1f} days since {event}"
+    if event != "training":
+        seen += f" ({info['newest_bar'][:16]})" + (f", trained {age['training']:.1f} days ago" if "training" in age else "")
     limit = settings.production.max_age_days
     seen = f"{seen}, the limit is {limit:g}"
     return HealthCheck("age", "ok", seen) if days <= limit else HealthCheck(
         "age", "fault", seen, "Run `ml-ensemble retrain` with candles up to now.")
+
+_CLOCK_SLACK = timedelta(hours=1)
+
+def _with_zone(moment: datetime) -> datetime:
+    "The moment in UTC; one without a zone is UTC."
+    return moment.replace(tzinfo=timezone.utc) if moment.tzinfo is None else moment.astimezone(timezone.utc)
 
 def _check_figures(info: dict, settings: Settings) -> HealthCheck:
     "Check the out-of-sample F1 in the metadata of the version against the floor."
@@ -138,11 +154,16 @@ def _check_market(info: dict) -> HealthCheck:
 # %% ../nbs/50_monitoring.ipynb #2dec9c44
 def _check_facts(info: dict, settings: Settings, now: datetime) -> list[HealthCheck]:
     "Check market, age and metrics; invalid metadata is a fault."
-    try:
-        return [_check_market(info), _check_age(info, settings, now), _check_figures(info, settings)]
-    except (KeyError, TypeError, ValueError) as error:
-        return [HealthCheck("figures", "fault", f"cannot read age or metrics from the metadata ({error})",
-                            "Roll back to a version with valid metadata, or retrain.")]
+    checks = {"market": lambda: _check_market(info), "age": lambda: _check_age(info, settings, now),
+              "figures": lambda: _check_figures(info, settings)}
+    findings = []
+    for part, check in checks.items():
+        try:
+            findings.append(check())
+        except (KeyError, TypeError, ValueError) as error:
+            findings.append(HealthCheck(part, "fault", f"cannot be read from the metadata ({type(error).__name__}: {error})",
+                                        "Roll back to a version with valid metadata, or retrain."))
+    return findings
 
 def _check_verdict(store: ModelStore) -> HealthCheck:
     "Check the result of the last run."

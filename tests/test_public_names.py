@@ -94,6 +94,7 @@ PUBLIC = {
         precision_recall reliability_bins roc_auc row_brier row_log_loss skill_score weighted_f1
     """,
     "model_file": "CANARY_TOLERANCE FORMAT check_definition check_payload read_payload",
+    "model_graph": "check_graph",
     "monitoring": "Diagnosis HealthCheck diagnose plot_recent plot_versions send_alert version_table",
     "onnx_export": "export_onnx load_with_custom to_full_onnx",
     "plot_style": "BLUE GREY GRID INK ORANGE class_colour date_axis new_axes style_axes",

@@ -324,14 +324,20 @@ def test_the_diagnosis_of_a_healthy_store_and_of_a_damaged_one(trained, trained_
     store = trained[0]
     newest = datetime.fromisoformat(store.current()["data"]["to"])
     faults = lambda diagnosis: [finding.part for finding in diagnosis.findings if finding.status == "fault"]
-    assert faults(diagnose(ModelStore(store.root, clock=lambda: newest + timedelta(days=13)))) == ["market"]   # the sandbox
     old = diagnose(store)                                        # trained minutes ago, on candles of years ago
     assert not old.healthy and faults(old) == ["market", "age"]
     path = trained_copy.production / "production_model_metadata.json"
     real = path.read_text()
     for key in ("source", "market"):
         real = real.replace(f'"{key}": "sandbox"', f'"{key}": "file:candles.csv"')
+    created = store.current()["created_at"]
+    simulated = path.read_text().replace(created, (newest + timedelta(hours=5)).isoformat())       # not years later
+    path.write_text(simulated)
+    assert faults(diagnose(ModelStore(trained_copy.root, clock=lambda: newest + timedelta(days=13)))) == ["market"]
     path.write_text(real)
+    set_back = diagnose(ModelStore(trained_copy.root, clock=lambda: newest + timedelta(days=13)))
+    assert faults(set_back) == ["age"] and "the clock reads" in next(f.seen for f in set_back.findings if f.part == "age")
+    path.write_text(real.replace(created, (newest + timedelta(hours=5)).isoformat()))
     assert diagnose(ModelStore(trained_copy.root, clock=lambda: newest + timedelta(days=13))).healthy
     assert "days since the newest training bar" in next(f.seen for f in old.findings if f.part == "age")
     (trained_copy.production / "production_ensemble.pkl").write_bytes(b"damaged")
