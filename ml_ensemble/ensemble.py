@@ -17,14 +17,14 @@ from typing import Self
 import numpy as np
 
 from .candles import bar_interval, bar_times
-from .core import IntegrityError, ModelNotFoundError, StoreError, ValidationError, iso, utc_now
+from .core import IntegrityError, ModelNotFoundError, StoreError, ValidationError, iso, read_regular, utc_now
 from .feature_manager import FeatureManager
 from .inference import EPOCH, LoadedModel, ForkLock, decide_rows, open_payload, predict_proba
 from .live import (CLASS_NAMES, Decision, LiveStream, ServingState, bar_interval_ns, check_bars, decide_bar,
                               decide_values, read_history, split_unfinished, warm_stream)
 from .metrics import accuracy, confusion_matrix, row_log_loss, weighted_f1
 from .model_file import check_payload, read_payload
-from .versioning import (METADATA_FILE, MODEL_FILE, ModelStore, read_archived, read_bytes, read_metadata,
+from .versioning import (MAX_MODEL_BYTES, METADATA_FILE, MODEL_FILE, ModelStore, read_archived, read_bytes, read_metadata,
                                     verify_bytes)
 
 # %% ../nbs/17_ensemble.ipynb #a1c05e51
@@ -125,7 +125,7 @@ class _Predictor:
         Decision
             `decision`, `probability` and `probabilities`. `reason` is empty, or names the cause of an abstention (the
             decision is then `hold` and the probabilities are NaN): the warm-up, a model whose newest training bar is
-            too old, metadata without a valid time, or a model input outside the training range.
+            too old, metadata without a valid time, a clock set back, or a model input outside the training range.
 
         Raises
         ------
@@ -345,7 +345,7 @@ class ProductionEnsemble(_Predictor):
         A file is damaged: it cannot be read, its hash is not the recorded one, or the probabilities of its canary rows
         differ. `LFSPointerError`, a subclass, if it is a Git LFS pointer.
     UnsafeModelError
-        The model file contains more than plain data.
+        The model file contains more than plain data, or its graph asks for something that runs or is read from elsewhere.
     FeatureError
         The model was trained on another definition of the features, or custom features are missing in `features`.
     ConfigError
@@ -534,9 +534,9 @@ def load_file(path: Path, features: FeatureManager | None = None,
               clock: Callable[[], datetime] = utc_now) -> ProductionEnsemble:
     "Load an ensemble from a file; it is verified if its folder contains the metadata."
     try:
-        model = path.read_bytes()
+        model = read_regular(path, MAX_MODEL_BYTES)
     except OSError as error:
-        raise ModelNotFoundError(f"{path} cannot be read ({error.strerror})",
+        raise ModelNotFoundError(f"{path} cannot be read ({error.strerror or error})",
                                  "Name a version (`ml-ensemble history`) or an existing file.") from None
     metadata = metadata_beside(path)
     if metadata:
@@ -694,7 +694,8 @@ def _markdown_table(info: dict) -> str:
     expires = ", ".join(f"{moment} ({kind})" for kind, moment in info["expires_at"].items() if moment)
     rows = {"version": info["version"] or "unversioned", "trained": info["created_at"] or "unknown",
             "newest training bar": info["newest_bar"] or "unknown",
-            "abstains from": expires or "never: no metadata", "classes": meaning + threshold,
+            "abstains from": expires or ("always: no valid time in the metadata" if info["version"] else "never: no metadata"),
+            "classes": meaning + threshold,
             "weights": ", ".join(f"{name} {share:g}" for name, share in info["weights"].items()),
             "calibration": info["calibration"]["kind"], "features": f"{info['n_features']}, {info['calendar']}",
             "known range": f"that of the training bars, extended by {info['range_margin']:g} of its width",

@@ -28,6 +28,7 @@ from .core import (ColumnTypeError, FeatureError, InfiniteValueError, IntegrityE
 from .feature_manager import FeatureManager, scale_free, scale_free_row
 from .indicators import COMPILE_FROM
 from .model_file import CANARY_TOLERANCE, check_definition
+from .model_graph import check_graph
 
 # %% ../nbs/15_inference.ipynb #a1c05e23
 _INHERITED: WeakSet = WeakSet()   # what a forked child has to renew: locks and graphs of this process
@@ -117,6 +118,7 @@ class LoadedModel:
     limits: tuple[tuple[float, float], ...]   # minimum and maximum of each model input that gets a prediction
     newest_ns: int | None                        # time of the newest training bar, nanoseconds since 1970
     trained_at: datetime | None                     # when it was trained
+    earliest_ns: int                              # a clock that reads an earlier time is wrong
     age_problem: str                              # why the age cannot be known although metadata is there
 
     @property
@@ -132,15 +134,17 @@ class LoadedModel:
 
 # %% ../nbs/15_inference.ipynb #7010e7ec
 def open_payload(payload: dict, metadata: dict | None = None, features: FeatureManager | None = None) -> LoadedModel:
-    "Open a payload and check its features and its canary rows."
+    "Open a payload and check its features, its graph and its canary rows."
     metadata = metadata or {}
     data = metadata["data"] if isinstance(metadata.get("data"), dict) else {}
     manager = features or FeatureManager(data["calendar"] if data.get("calendar") in CALENDARS else "continuous")
     check_definition(payload, manager)
+    check_graph(payload["model"], len(payload["view"]), len(payload["classes"]))
     newest_ns, odd = _parse_metadata_time(data.get("to"), "data.to", time_ns)
-    trained_at, odd_too = _parse_metadata_time(metadata.get("created_at"), "created_at", _as_utc)
+    trained_at, odd_too = _parse_metadata_time(metadata.get("created_at"), "created_at", _utc_in_range)
+    age_problem = odd or odd_too or _missing_date(metadata, newest_ns, trained_at)
     loaded = LoadedModel(payload, Graph(payload["model"]), metadata, manager, range_limits(payload["range"]),
-                    newest_ns, trained_at, odd or odd_too)
+                         newest_ns, trained_at, _earliest_clock(newest_ns, trained_at), age_problem)
     found = _canary_probabilities(loaded)
     distance = np.abs(found - np.array(payload["canary"]["probabilities"])).max()
     if not distance <= CANARY_TOLERANCE:
@@ -255,6 +259,23 @@ def time_ns(time) -> int:
     if not -2**63 < found < 2**63:
         raise TimestampError(f"the time {time!s} is outside the years 1677 to 2262", "Repair the source.")
     return found
+
+def _utc_in_range(moment: datetime) -> datetime:
+    "The moment with a zone; TimestampError outside the years 1677 to 2262."
+    time_ns(_as_utc(moment))
+    return _as_utc(moment)
+
+_CLOCK_SLACK_NS = 3600 * 10**9
+
+def _earliest_clock(newest_ns: int | None, trained_at: datetime | None) -> int:
+    "The newest time of the metadata less an hour, nanoseconds since 1970; the earliest time without one."
+    times = [MISSING_TIME if newest_ns is None else newest_ns, MISSING_TIME if trained_at is None else time_ns(trained_at)]
+    return max(max(times) - _CLOCK_SLACK_NS, MISSING_TIME)
+
+def _missing_date(metadata: dict, newest_ns: int | None, trained_at: datetime | None) -> str:
+    "A complaint about metadata without any date; a model without metadata has no age."
+    undated = metadata and newest_ns is None and trained_at is None
+    return "cannot determine model age: the metadata contain neither data.to nor created_at" if undated else ""
 
 def _parse_metadata_time(text, name: str, convert: Callable) -> tuple:
     "A time from the metadata, converted (None where there is none), and a complaint if it is no time."

@@ -10,7 +10,7 @@ __all__ = ['CLASS_NAMES', 'Decision', 'read_history', 'unfinished_bar', 'split_u
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from warnings import warn
 
 import numpy as np
@@ -19,7 +19,7 @@ from .candles import OHLCV, bar_interval, moment_of, ohlcv_columns
 from .core import (ColumnTypeError, DataError, DuplicateError, EmptyDataError, GapError, MissingColumnError,
                               NotATableError, TimestampError, UnsortedError)
 from .feature_manager import FeatureManager
-from .inference import (DAY_NS, EPOCH, LoadedModel, ForkLock, plain_numbers, predict_row, time_ns,
+from .inference import (DAY_NS, LoadedModel, ForkLock, plain_numbers, predict_row, time_ns,
                                    single_row, warmup_reason)
 
 # %% ../nbs/16_live.ipynb #a1c05e21
@@ -74,16 +74,25 @@ def _age_reason(loaded: LoadedModel, time: int | None, clock: Callable[[], datet
     limit = loaded.payload["max_age_days"]
     if loaded.age_problem:
         return loaded.age_problem
+    if time is None:
+        time = time_ns(clock())
+        if time < loaded.earliest_ns:
+            return _clock_problem(loaded, time)
     if loaded.newest_ns is not None:
-        days, since = ((time_ns(clock()) if time is None else time) - loaded.newest_ns) / DAY_NS, "the newest training bar"
+        days, since = (time - loaded.newest_ns) / DAY_NS, "the newest training bar"
     elif loaded.trained_at is not None:
-        now = clock() if time is None else EPOCH + timedelta(microseconds=time // 1000)
-        days, since = (now - loaded.trained_at) / _ONE_DAY, "training"
+        days, since = (time - time_ns(loaded.trained_at)) / DAY_NS, "training"
     else:
         return ""
     return f"expired: {days:.1f} days since {since}, the limit is {limit:g}" if days > limit else ""
 
-_ONE_DAY = timedelta(days=1)
+def _clock_problem(loaded: LoadedModel, now: int) -> str:
+    "Message about a clock, nanoseconds since 1970, that is before the times in the metadata."
+    times = {"the newest training bar": loaded.newest_ns,
+             "training": None if loaded.trained_at is None else time_ns(loaded.trained_at)}
+    latest, event = max((time, event) for event, time in times.items() if time is not None)
+    return (f"cannot determine model age: the clock reads {moment_of(np.int64(now))} UTC, before {event} at "
+            f"{moment_of(np.int64(latest))} UTC")
 
 def _decide_row(loaded: LoadedModel, values: list[float], expired: str, incomplete: Callable[[], str]) -> Decision:
     "The decision for one row of features; `incomplete` returns the reason if a value is NaN."

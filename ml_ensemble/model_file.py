@@ -12,6 +12,7 @@ import struct
 
 from .core import FeatureError, IntegrityError, UnsafeModelError
 from .feature_manager import FEATURE_NAMES, FeatureManager, input_names
+from .versioning import MAX_MODEL_BYTES
 
 # %% ../nbs/12_model_file.ipynb #3444e746
 FORMAT = 3
@@ -95,7 +96,6 @@ def check_definition(payload: dict, manager: FeatureManager) -> None:
 
 # %% ../nbs/12_model_file.ipynb #c2fd4006
 _ALLOWED = ("ml_ensemble.ensemble", "restore_ensemble")
-_MAX_BYTES = 2**28
 _MAX_STEPS = 200_000   # instructions; a model takes some thousands
 
 class _Machine:
@@ -227,8 +227,8 @@ _INSTRUCTIONS = {
 def read_payload(model: bytes) -> dict:
     "The plain data of a model file; nothing in it is run."
     try:
-        if len(model) > _MAX_BYTES:
-            raise ValueError(f"it has {len(model)} bytes, the limit is {_MAX_BYTES}")
+        if len(model) > MAX_MODEL_BYTES:
+            raise ValueError(f"it has {len(model)} bytes, the limit is {MAX_MODEL_BYTES}")
         payload = _Machine(model).run()
     except UnsafeModelError:
         raise

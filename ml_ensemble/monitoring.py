@@ -10,12 +10,13 @@ import logging
 import os
 import shutil
 from dataclasses import asdict, dataclass
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from warnings import catch_warnings, simplefilter, warn
 
 import numpy as np
 
-from .core import core_file, MarkdownRepr, MLEnsembleError, requires_extra
+from .core import (IntegrityError, LFSPointerError, MarkdownRepr, MLEnsembleError, core_file, read_regular,
+                              requires_extra, shorten)
 
 with requires_extra():
     import pandas as pd
@@ -26,7 +27,8 @@ from .recipe import feature_manager
 from .ensemble import ProductionEnsemble
 from .feature_manager import check_order_file
 from .plot_style import BLUE, GREY, INK, date_axis, new_axes, style_axes
-from .versioning import ModelStore, archived, read_metadata
+from .store_records import MAX_METADATA_BYTES, parse_json
+from .versioning import ModelStore, archived, read_history_file, read_metadata, remedy_for_damage
 
 # %% ../nbs/50_monitoring.ipynb #0693fc02
 def send_alert(title: str, body: str, kind: str = "info") -> bool:
@@ -104,27 +106,43 @@ def _check_production(store: ModelStore, settings: Settings | None) -> tuple[Hea
         try:
             model = ProductionEnsemble(store=store, features=feature_manager(settings) if settings else None)
         except MLEnsembleError as error:
-            return HealthCheck("production", "fault", error.problem, error.remedy), None
+            damaged = isinstance(error, IntegrityError) and not isinstance(error, LFSPointerError)
+            return HealthCheck("production", "fault", error.problem, remedy_for_damage(store) if damaged else error.remedy), None
     info = model.get_model_info()
     warnings = [str(warning.message) for warning in caught if "serves instead" in str(warning.message)]
     if warnings:
-        remedy = f"Run `ml-ensemble rollback --reason \"damaged file\" --to {info['version']}`."
-        return HealthCheck("production", "fault", warnings[0], remedy), model
+        return HealthCheck("production", "fault", warnings[0], remedy_for_damage(store)), model
     seen = f"version {info['version']}, sha256 {info['sha256'][:12]}, canary rows agree"
     return HealthCheck("production", "ok", seen), model
 
 # %% ../nbs/50_monitoring.ipynb #bd355cb3
 def _check_age(info: dict, settings: Settings, now: datetime) -> HealthCheck:
     "Check the number of days since the newest training bar; without one in the metadata, since the training."
-    trained = (now - datetime.fromisoformat(info["created_at"])) / timedelta(days=1)
-    days, seen = trained, f"{trained:.1f} days since training"
-    if (info["data"] or {}).get("to"):
-        days = (now - datetime.fromisoformat(info["newest_bar"])) / timedelta(days=1)
-        seen = f"{days:.1f} days since the newest training bar ({info['newest_bar'][:16]}), trained {trained:.1f} days ago"
+    names = {"the newest training bar": "newest_bar", "training": "created_at"}
+    times = {event: _with_zone(datetime.fromisoformat(info[name])) for event, name in names.items() if info[name]}
+    if not times or (info["data"] or {}).get("to") and not info["newest_bar"]:
+        return HealthCheck("age", "fault", "cannot determine model age: the metadata contain no valid time",
+                           "Roll back to a version with valid metadata, or retrain.")
+    latest = max(times, key=lambda event: times[event])
+    if now < times[latest]:
+        return HealthCheck("age", "fault" if times[latest] - now > _CLOCK_SLACK else "warning",
+                           f"cannot determine model age: the clock reads {now:%Y-%m-%d %H:%M:%S} UTC, before {latest} at "
+                           f"{times[latest]:%Y-%m-%d %H:%M:%S} UTC", "Set the clock of this machine.")
+    age = {event: (now - time) / timedelta(days=1) for event, time in times.items()}
+    event, days = next(iter(age.items()))
+    seen = f"{days:.1f} days since {event}"
+    if event != "training":
+        seen += f" ({info['newest_bar'][:16]})" + (f", trained {age['training']:.1f} days ago" if "training" in age else "")
     limit = settings.production.max_age_days
     seen = f"{seen}, the limit is {limit:g}"
     return HealthCheck("age", "ok", seen) if days <= limit else HealthCheck(
         "age", "fault", seen, "Run `ml-ensemble retrain` with candles up to now.")
+
+_CLOCK_SLACK = timedelta(hours=1)
+
+def _with_zone(moment: datetime) -> datetime:
+    "The moment in UTC; one without a zone is UTC."
+    return moment.replace(tzinfo=timezone.utc) if moment.tzinfo is None else moment.astimezone(timezone.utc)
 
 def _check_figures(info: dict, settings: Settings) -> HealthCheck:
     "Check the out-of-sample F1 in the metadata of the version against the floor."
@@ -148,11 +166,16 @@ def _check_market(info: dict) -> HealthCheck:
 # %% ../nbs/50_monitoring.ipynb #2dec9c44
 def _check_facts(info: dict, settings: Settings, now: datetime) -> list[HealthCheck]:
     "Check market, age and metrics; invalid metadata is a fault."
-    try:
-        return [_check_market(info), _check_age(info, settings, now), _check_figures(info, settings)]
-    except (KeyError, TypeError, ValueError) as error:
-        return [HealthCheck("figures", "fault", f"cannot read age or metrics from the metadata ({error})",
-                            "Roll back to a version with valid metadata, or retrain.")]
+    checks = {"market": lambda: _check_market(info), "age": lambda: _check_age(info, settings, now),
+              "figures": lambda: _check_figures(info, settings)}
+    findings = []
+    for part, check in checks.items():
+        try:
+            findings.append(check())
+        except (KeyError, TypeError, ValueError) as error:
+            findings.append(HealthCheck(part, "fault", f"cannot be read from the metadata ({type(error).__name__}: {error})",
+                                        "Roll back to a version with valid metadata, or retrain."))
+    return findings
 
 def _check_verdict(store: ModelStore) -> HealthCheck:
     "Check the result of the last run."
@@ -161,11 +184,42 @@ def _check_verdict(store: ModelStore) -> HealthCheck:
         return HealthCheck("last run", "warning", "no recorded run", "Run `ml-ensemble retrain`.")
     last = runs[-1]
     if last["kind"] == "no_new_bars":
-        return HealthCheck("last run", "warning", f"{last['reason']} (on {last['at'][:10]})",
+        return HealthCheck("last run", "warning", f"{last.get('reason', 'no new bars')} (on {last['at'][:10]})",
                            "Check that the source of the candles is updated, then run `ml-ensemble retrain`.")
     seen = f"{last['kind']} on {last['at'][:10]}" + (f": {last['reason']}" if last.get("reason") else "")
     return HealthCheck("last run", "ok", seen) if last["kind"] == "promotion" else HealthCheck(
         "last run", "warning", seen, "Read its report in models/reports/; the previous version stays in production.")
+
+# %% ../nbs/50_monitoring.ipynb #ce96c0ef
+def _check_history(store: ModelStore) -> HealthCheck:
+    "Check that each line of the history is an event."
+    events, faults = read_history_file(store)
+    if not faults:
+        return HealthCheck("history", "ok", f"{len(events):,} events")
+    return HealthCheck("history", "warning", f"{len(events):,} events, and {len(faults):,} that cannot be read, the first: {faults[0]}",
+                       "Serving does not need it. Restore archive/history.jsonl from git.")
+
+def _check_training(store: ModelStore, version: str) -> list[HealthCheck]:
+    "Check that `training/` contains the learners of the version in production; nothing if it is empty."
+    try:
+        facts = parse_json(read_regular(store.root / "training" / "training_metadata.json", MAX_METADATA_BYTES, store.root))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except (OSError, ValueError) as error:
+        return [HealthCheck("training", "warning", f"training_metadata.json cannot be read: {error}", "Serving does not need it.")]
+    named = facts.get("version") if isinstance(facts, dict) else None
+    if named == version:
+        return [HealthCheck("training", "ok", "the learners of the version in production")]
+    return [HealthCheck("training", "warning", f"the learners of version {shorten(named)}, not those of {version} in production",
+                        "They are for analysis only; the next promotion replaces them.")]
+
+def _repair(store: ModelStore) -> HealthCheck:
+    "Repair the store."
+    try:
+        done = store.repair()
+    except (OSError, MLEnsembleError) as error:
+        return HealthCheck("repair", "fault", str(error), "Remove the cause, then run `ml-ensemble check --repair` again.")
+    return HealthCheck("repair", "ok", "; ".join(done) or "nothing to repair")
 
 # %% ../nbs/50_monitoring.ipynb #124b2d3c
 def _check_disk(store: ModelStore, settings: Settings) -> HealthCheck:
@@ -178,15 +232,18 @@ def _check_disk(store: ModelStore, settings: Settings) -> HealthCheck:
     return HealthCheck("disk", "fault", seen, "Free some space under models/.")
 
 # %% ../nbs/50_monitoring.ipynb #4747ea8b
-def diagnose(store: ModelStore | None = None) -> Diagnosis:
-    "Check every part of the system."
+def diagnose(store: ModelStore | None = None, *, repair: bool = False) -> Diagnosis:
+    "Check every part of the system; with `repair`, complete or undo before what a killed process has left."
     configuration, settings = _check_configuration()
     store = store or ModelStore()
+    findings = [_repair(store)] if repair else []
     production, model = _check_production(store, settings)
-    findings = [configuration, production]
+    findings += [configuration, production]
     if model and settings:
         findings += _check_facts(model.get_model_info(), settings, store.clock())
-    findings.append(_check_verdict(store))
+    findings += [_check_verdict(store), _check_history(store)]
+    if model:
+        findings += _check_training(store, model.get_model_info()["version"])
     if settings:
         findings.append(_check_disk(store, settings))
     return Diagnosis(tuple(findings))
@@ -196,12 +253,12 @@ def version_table(store: ModelStore) -> pd.DataFrame:
     "Archived versions, oldest first: training date, newest bar, source, skill with its 95 % interval, weighted F1."
     rows = []
     for version in store.versions():
-        facts = read_metadata(archived(store, version)[1])
-        figures, (low, high) = facts["metrics"]["metrics"], facts["metrics"]["intervals"]["skill"]
-        rows.append({"version": version, "trained": facts["created_at"][:10],
-                     "newest_bar": facts["data"]["to"][:10], "source": facts["data"]["source"],
-                     "skill": figures["skill"], "skill_low": low, "skill_high": high,
-                     "weighted_f1": figures["weighted_f1"]})
+        facts = read_metadata(archived(store, version)[1], store.root)
+        data, metrics = facts.get("data", {}), facts.get("metrics", {})
+        low, high = metrics.get("intervals", {}).get("skill", (None, None))
+        rows.append({"version": version, "trained": facts.get("created_at", "")[:10], "newest_bar": data.get("to", "")[:10],
+                     "source": data.get("source", ""), "skill": metrics.get("metrics", {}).get("skill"), "skill_low": low,
+                     "skill_high": high, "weighted_f1": metrics.get("metrics", {}).get("weighted_f1")})
     columns = ["version", "trained", "newest_bar", "source", "skill", "skill_low", "skill_high", "weighted_f1"]
     return pd.DataFrame(rows, columns=columns).set_index("version")
 

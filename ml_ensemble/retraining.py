@@ -12,6 +12,7 @@ __all__ = ['NO_NEW_BARS', 'get_market', 'label_balance', 'check_first_fold', 're
 
 # %% ../nbs/51_retraining.ipynb #cd0d80eb
 import ast
+import errno
 import json
 import pickle
 import platform
@@ -19,9 +20,11 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from functools import partial
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
@@ -31,7 +34,7 @@ import numpy as np
 
 from ml_ensemble.core import (
     ConfigError, DataError, MLEnsembleError, MarkdownRepr, MissingExtraError, RetrainError, StaleDataError, core_file,
-    find_project, iso, page_file, readable_json, requires_extra, sha256_hex, write_atomic,
+    find_project, iso, page_file, read_regular, readable_json, requires_extra, sha256_hex, shorten, working_directory, write_atomic,
 )
 
 with requires_extra():
@@ -52,19 +55,20 @@ from .feature_manager import check_order_file, input_names
 from .live import CLASS_NAMES
 from .leakage_audit import AuditReport, audit, project_pipeline
 from .market_data import Market, bar_sample, has_same_bars, load_candles, settings_of_source
-from .sandbox import best_skill
-from .metrics import row_log_loss
-from .monitoring import send_alert
 
 # %% ../nbs/51_retraining.ipynb #d82d0c03
+from .metrics import row_log_loss
+from .monitoring import send_alert
 from .recipe import (blend_config, blend_learners, feature_manager, fitting_options, n_workers, new_learners,
                                 out_of_fold, recipe_labels, recipe_splitter, threshold_objective, training_set)
 from .quality_gate import GateInput, Verdict, judge
+from .sandbox import best_skill
 from .skill_sources import Money, SkillSources, money_bridge, skill_sources
+from .store_records import MAX_METADATA_BYTES, parse_json
 from .trading_costs import entry_delay, side_cost
 from .training import fit_all, make_ensemble, parity_error, probe_artefact, verify_version
 from .walk_forward import TrainingSet, WalkForwardResult
-from .versioning import MODEL_FILE, ModelStore, present_or_damaged, read_bytes, verify_bytes
+from .versioning import MODEL_FILE, ModelStore, present_or_damaged, read_bytes, read_pair, write_store_file
 
 # %% ../nbs/51_retraining.ipynb #3433c069
 def get_market(settings: Settings) -> Market:
@@ -459,7 +463,7 @@ def market_label(settings: Settings, market: Market, champion: dict | None) -> s
     recorded = (champion or {}).get("data")
     recorded = recorded if isinstance(recorded, dict) else {}
     if isinstance(sample := recorded.get("sample"), dict) and has_same_bars(sample, market.candles):
-        return recorded.get("market") or recorded["source"]
+        return recorded.get("market") or recorded.get("source") or settings.data.source
     return market.name or settings.data.source
 
 def _is_simulated(market: Market, label: str) -> bool:
@@ -604,7 +608,7 @@ def execute(notebook: Path, report: Path, parameters: dict, verbose: bool, show_
     bar = {"desc": "retrain", "unit": "cell", "file": sys.stderr, "leave": False} if show_progress else False
     try:
         execute_notebook(str(notebook), str(report), parameters, progress_bar=bar, log_output=verbose,
-                         cwd=str(find_project() or Path.cwd()), extra_arguments=["--log-level=CRITICAL"],
+                         cwd=str(find_project() or working_directory()), extra_arguments=["--log-level=CRITICAL"],
                          kernel_manager_class=_own_kernel_manager())
     except PapermillExecutionError as error:
         raise RetrainError(f"cell {error.exec_count} of {notebook.name} failed: {error.ename}: {error.evalue}",
@@ -674,29 +678,43 @@ class RetrainResult:
                 "backtest": self.metadata["backtest"]}
 
 # %% ../nbs/51_retraining.ipynb #b96e4e8f
-def _promote_staged(store: ModelStore, run_id: str, report: Path, expected: int, overrides: Sequence[str]) -> RetrainResult:
+_MAX_STAGED_BYTES = 2**30            # of a training pickle; a forest without a limit of its depth is large
+
+def _promote_staged(store: ModelStore, run_id: str, report: Path, expected: int, custom: Sequence[str] = ()) -> RetrainResult:
     "Promote the staged candidate if its gate passed; otherwise record the refusal and keep production."
     folder = _staging(store, run_id)
     reference = {"report": {"path": str(report.relative_to(store.root)), "sha256": sha256_hex(report.read_bytes())}}
-    candidate = {**json.loads((folder / "candidate.json").read_text()), **reference}
+    candidate = {**_read_staged(folder / "candidate.json"), **reference}
     verdict, version = Verdict.from_dict(candidate["gate"]), None
-    _install_training(store, folder, reference)
     if verdict.passed:
-        model = (folder / MODEL_FILE).read_bytes()
-        verify = lambda path: verify_version(path, load_settings(list(overrides)).features.custom)
-        version = store.promote(model, candidate, expected=expected, verify=verify)["version"]
+        model = read_bytes(folder / MODEL_FILE)
+        with store.locked():
+            version = store.promote(model, candidate, expected=expected, verify=partial(verify_version, custom=custom))["version"]
+            _install_training(store, folder, {"version": version, **reference})
     else:
-        store.record("refusal", reason=str(verdict), report=reference["report"]["path"])
+        store.record("refusal", reason=shorten(str(verdict), 2000), report=reference["report"]["path"])
     current = present_or_damaged(store)
     return RetrainResult(version is not None, version, current["version"] if current else None, verdict, report, candidate,
                          "" if version else str(verdict))
 
+def _read_staged(path: Path) -> dict:
+    "An object from a JSON file of the staging folder."
+    content = parse_json(read_regular(path, MAX_METADATA_BYTES))
+    if not isinstance(content, dict):
+        raise RetrainError(f"{path.name} of the staging folder is not an object", "Run `ml-ensemble retrain` again.")
+    return content
+
 def _install_training(store: ModelStore, folder: Path, reference: dict) -> None:
-    "Copy the newest learners and then their metadata to `training/`."
-    for name in LEARNERS:
-        write_atomic(store.root / "training" / f"{name}_model.pkl", (folder / f"{name}_model.pkl").read_bytes())
-    facts = {**json.loads((folder / "training.json").read_text()), **reference}
-    write_atomic(store.root / "training" / "training_metadata.json", readable_json(facts))
+    "Copy the learners of the version in production and then their metadata to `training/`; a failure is a warning."
+    try:
+        for name in LEARNERS:
+            content = read_regular(folder / f"{name}_model.pkl", _MAX_STAGED_BYTES)
+            write_store_file(store, store.root / "training" / f"{name}_model.pkl", content)
+        facts = {**_read_staged(folder / "training.json"), **reference}
+        write_store_file(store, store.root / "training" / "training_metadata.json", readable_json(facts))
+    except (OSError, ValueError, MLEnsembleError) as error:
+        warn(f"version {reference['version']} is in production, but its learners could not be copied to training/ ({error})",
+             RuntimeWarning, stacklevel=2)
 
 # %% ../nbs/51_retraining.ipynb #51a0b007
 NO_NEW_BARS = "no new bars"
@@ -713,7 +731,7 @@ def _already_trained(settings: Settings, current: dict, store: ModelStore) -> bo
     if not same or current.get("fingerprint") != feature_manager(settings).fingerprint:
         return False
     try:
-        verify_bytes(read_bytes(store.production / MODEL_FILE), current, MODEL_FILE)
+        read_pair(store)
         return get_market(settings).data_hash == current["data"]["hash"]
     except StaleDataError:
         raise                             # a run would ask the exchange again, and end like this
@@ -723,7 +741,7 @@ def _already_trained(settings: Settings, current: dict, store: ModelStore) -> bo
 def _without_new_bars(settings: Settings, store: ModelStore) -> RetrainResult | None:
     "If there are no new bars, record that in the history and return the result; otherwise None."
     current = present_or_damaged(store)
-    if not current or not {"gate", "report", "metrics"} <= set(current) or not _already_trained(settings, current, store):
+    if not current or not {"gate", "report", "metrics", "data"} <= set(current) or not _already_trained(settings, current, store):
         return None
     newest = current["data"]["to"]
     store.record("no_new_bars", version=current["version"], newest_bar=newest,
@@ -800,12 +818,11 @@ def retrain(source: str | None = None, days: int | None = None, overrides: Seque
         check_order_file(core_file("feature_order.json"))
         result = None if force else _without_new_bars(settings, store)
         result = result or _run_notebook(store, texts, verbose, show_progress, accept_change, replace_market)
-    except (MLEnsembleError, OSError, KeyboardInterrupt) as error:
+    except (MLEnsembleError, KeyboardInterrupt) as error:
         _report_failure(store, error)
         raise
     except Exception as error:
-        wrapped = RetrainError(f"the retrain stopped with {type(error).__name__}: {error}",
-                             "Production was not changed. Run `ml-ensemble retrain --verbose`.")
+        wrapped = RetrainError(*_explain_failure(store, error))
         _report_failure(store, wrapped)
         raise wrapped from error
     if not result.promoted:
@@ -816,41 +833,92 @@ def retrain(source: str | None = None, days: int | None = None, overrides: Seque
 def _run_notebook(store: ModelStore, overrides: tuple[str, ...], verbose: bool, show_progress: bool,
                  accept_change: bool, replace_market: str) -> RetrainResult:
     "Run the weekly notebook with its own staging folder, and promote the staged candidate if the gate passed."
-    current = present_or_damaged(store)
-    run_id, report = _new_run(store)
-    parameters = {"overrides": list(overrides), "models": str(store.root), "run_id": run_id,
-                  "accept_change": accept_change, "replace_market": replace_market}
+    current, settings = present_or_damaged(store), load_settings(overrides)
+    feature_manager(settings)                       # raise on an invalid feature declaration before the run starts
     notebook = page_file(_NOTEBOOK)
-    feature_manager(load_settings(overrides))       # raise on an invalid feature declaration before the run starts
-    try:
+    with _new_run(store) as (run_id, report):
+        parameters = {"overrides": list(overrides), "models": str(store.root), "run_id": run_id,
+                      "accept_change": accept_change, "replace_market": replace_market}
         _check_parameters(notebook, parameters)
         execute(notebook, report, parameters, verbose, show_progress)
-        return _promote_staged(store, run_id, report, current["sequence"] if current else 0, overrides)
-    finally:
-        shutil.rmtree(_staging(store, run_id), ignore_errors=True)
+        return _promote_staged(store, run_id, report, current["sequence"] if current else 0, tuple(settings.features.custom))
 
 # %% ../nbs/51_retraining.ipynb #10a2b32d
-def _new_run(store: ModelStore) -> tuple[str, Path]:
-    "Unused name for this run and the path of its report; staging folders older than a day are deleted."
-    for folder in _staging(store, "").glob("*"):
-        if store.clock().timestamp() - folder.stat().st_mtime > 86_400:
-            shutil.rmtree(folder, ignore_errors=True)
+@contextmanager
+def _new_run(store: ModelStore) -> Iterator[tuple[str, Path]]:
+    "Unused name for this run and the path of its report; its staging folder exists until the end of the block."
+    with requires_extra():
+        from filelock import FileLock
     name = f"{store.clock():%Y%m%dT%H%M%SZ}"
     report = lambda run: store.root / "reports" / f"weekly_retrain_{run}.ipynb"
     exists = lambda run: report(run).exists() or _staging(store, run).exists()
-    run_id = next(run for run in (name, *(f"{name}-{k}" for k in range(2, 1000))) if not exists(run))
-    _staging(store, run_id).mkdir(parents=True)
-    return run_id, report(run_id)
+    with store.locked():
+        _remove_killed_runs(store)
+        run_id = next(run for run in (name, *(f"{name}-{k}" for k in range(2, 1000))) if not exists(run))
+        folder = _staging(store, run_id)
+        folder.mkdir(parents=True)
+        running = FileLock(folder / _RUNNING)
+        running.acquire()
+    try:
+        yield run_id, report(run_id)
+    finally:
+        running.release()
+        shutil.rmtree(folder, ignore_errors=True)
+
+_RUNNING = ".running"
+
+def _remove_killed_runs(store: ModelStore) -> None:
+    "Remove the staging folders of runs that have ended, and temporary files of reports older than a day."
+    with requires_extra():
+        from filelock import FileLock, Timeout
+    for folder in _staging(store, "").glob("*"):
+        if folder.is_symlink() or not folder.is_dir():
+            folder.unlink(missing_ok=True)
+            continue
+        try:
+            with FileLock(folder / _RUNNING, timeout=0):
+                shutil.rmtree(folder, ignore_errors=True)
+        except (Timeout, OSError):
+            continue
+    for path in (store.root / "reports").glob(".*.tmp"):
+        if store.clock().timestamp() - path.lstat().st_mtime > 86_400:
+            path.unlink(missing_ok=True)
+
+# %% ../nbs/51_retraining.ipynb #78e8a5e3
+_FULL = 5e6      # bytes; with less free space, nothing can be written
+
+def _explain_failure(store: ModelStore, error: BaseException) -> tuple[str, str]:
+    "Problem and remedy of an error that has none, with the state of production and of the disk."
+    state = _production_state(store)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full: {error.filename or store.root} could not be written", f"Free some space. {state}"
+    if disk := _full_disk(store):
+        return f"{disk}, and the retrain stopped with {type(error).__name__}: {error}", f"Free some space. {state}"
+    if isinstance(error, OSError):
+        return f"{type(error).__name__}: {error}", f"{state} Run the same command again when the cause is mended."
+    return f"the retrain stopped with {type(error).__name__}: {error}", f"{state} Run `ml-ensemble retrain --verbose`."
+
+def _full_disk(store: ModelStore) -> str:
+    "Message that the disk of the store is full; empty if it is not."
+    folder = next(path for path in (store.root, *store.root.parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    return f"the disk of {store.root} is full ({free:,} bytes free)" if free < _FULL else ""
+
+def _production_state(store: ModelStore) -> str:
+    "Sentence on what this run has done to production."
+    change = store.last_change
+    return f"Version {change['version']} is in production." if change else "Production was not changed."
 
 def _report_failure(store: ModelStore, error: BaseException) -> None:
     "Record a failed or interrupted run and send an alert; a wrong setting or installation is not recorded: no run was started."
     reason = str(error) or "interrupted"
     try:
         if not isinstance(error, (ConfigError, MissingExtraError)):
-            store.record("failure", reason=reason[:500])
-    except OSError as second:
+            store.record("failure", reason=shorten(reason, 500))
+    except (OSError, ValueError) as second:
         warn(f"the failure could not be recorded ({second})", RuntimeWarning, stacklevel=2)
-    send_alert("ml_ensemble: retrain FAILED", f"{reason}\nProduction was not changed.", "failure")
+    state = _production_state(store)
+    send_alert("ml_ensemble: retrain FAILED", reason if state in reason else f"{reason}\n{state}", "failure")
 
 def _unchanged_alert(outcome: RetrainResult, store: ModelStore) -> tuple[str, str]:
     "Title and text of the alert for a run without new bars."

@@ -7,16 +7,18 @@ __all__ = ['fit_all', 'trained_proba', 'make_ensemble', 'parity_error', 'probe_a
 
 # %% ../nbs/38_training.ipynb #dc2fc65c
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from .base_learners import Fitting, encode, fit_learner, predict_learner
-from .core import FeatureError, IntegrityError, in_threads
-from .ensemble import ProductionEnsemble, metadata_beside, restore_ensemble
+from .core import IntegrityError, in_threads, shorten
+from .ensemble import ProductionEnsemble, restore_ensemble
 from .feature_manager import input_names, scale_free
 from .inference import calibrate, in_limits, range_limits, training_range
 from .model_file import FORMAT
@@ -94,19 +96,53 @@ print(json.dumps({"load_seconds": loaded, "latency_ms": 1e3 * sorted(times)[150]
 # %% ../nbs/38_training.ipynb #bc62708a
 def probe_artefact(path: str | Path, custom: Sequence[str] = ()) -> dict:
     "Load and predict in a fresh process: load_seconds, latency_ms (median of 300 single rows), memory_mb (peak)."
-    command = [sys.executable, "-P", "-c", _PROBE, str(path), *custom]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    if result.returncode:
-        last = result.stderr.strip().splitlines()[-1]
-        raise IntegrityError(f"a fresh process could not load {Path(path).name}: {last}",
-                             "Read the report of the retrain; production was not changed.")
-    return json.loads(result.stdout)
+    command = [sys.executable, "-P", "-c", _PROBE, str(path), *custom]        # -P: no module of the working directory
+    name, remedy = Path(path).name, "Read the report of the retrain; production was not changed."
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        try:
+            status = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors,
+                                    timeout=_PROBE_SECONDS).returncode
+        except subprocess.TimeoutExpired:
+            raise IntegrityError(f"the verification of {name} took longer than {_PROBE_SECONDS} s", remedy) from None
+        printed, reason = _end_of(output), _end_of(errors).strip().splitlines() or [f"it ended with status {status}"]
+    try:
+        if not status:
+            return json.loads(printed)
+    except ValueError:
+        reason = ["it returned no figures"]
+    raise IntegrityError(f"a fresh process could not load {name}: {shorten(reason[-1], 500)}", remedy)
+
+_PROBE_SECONDS = 60
+
+def _end_of(file) -> str:
+    "The last 10,000 bytes of a file as text."
+    file.seek(max(0, file.seek(0, os.SEEK_END) - 10_000))
+    return file.read().decode(errors="replace")
 
 def verify_version(path: str | Path, custom: Sequence[str] = ()) -> dict:
-    "Probe an archived version with the custom features that the configuration declares."
-    configuration = (metadata_beside(Path(path)) or {}).get("configuration", {})
-    named = configuration.get("features", {}).get("custom", ())
-    if undeclared := [name for name in named if name not in custom]:
-        raise FeatureError(f"the version was trained with the custom features {undeclared}, the configuration declares {custom}",
-                           "Declare them in features.custom.")
-    return probe_artefact(path, named)
+    """Probe an archived version in a fresh process.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+        Model file; the metadata are in the same folder.
+    custom : sequence of str, optional
+        Custom features as `module:name`, declared by the configuration of the project. What the metadata of a version
+        name is not imported.
+
+    Returns
+    -------
+    dict
+        As `probe_artefact`.
+
+    Raises
+    ------
+    IntegrityError
+        The process does not load the version, or takes longer than 60 s.
+
+    Examples
+    --------
+    >>> sorted(verify_version(store.archive / "production_ensemble_20250901-0001.pkl"))
+    ['heavy_imports', 'latency_ms', 'load_seconds', 'memory_mb']
+    """
+    return probe_artefact(path, custom)

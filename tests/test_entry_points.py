@@ -325,6 +325,22 @@ def test_the_age_of_the_diagnosis_and_of_the_description_is_that_of_the_newest_b
     assert finding.status == "fault"
 
 
+@pytest.mark.parametrize("facts, ahead, status, seen", [
+    ({}, timedelta(0), "fault", "contain no valid time"),
+    ({"data": {"source": "file:candles.csv"}}, timedelta(0), "fault", "contain no valid time"),
+    ({"created_at": "2025-09-01T00:00:00Z"}, timedelta(hours=2), "fault", "before training at 2025-09-01 00:00:00 UTC"),
+    ({"created_at": "2025-08-01T00:00:00", "data": {"to": "2025-09-01T00:00:00Z"}}, timedelta(days=400), "fault",
+     "the clock reads 2024-07-28 00:00:00 UTC, before the newest training bar at 2025-09-01 00:00:00 UTC"),
+    ({"created_at": "2025-09-01T00:00:00Z"}, timedelta(minutes=30), "warning", "before training"),
+    ({"created_at": "2025-09-01T00:00:00Z"}, timedelta(days=-1), "ok", "1.0 days since training"),
+    ({"created_at": "2025-08-01T00:00:00"}, timedelta(0), "fault", "31.0 days since training")])
+def test_the_diagnosis_knows_an_age_only_by_a_date_and_by_a_clock_after_it(tmp_path, facts, ahead, status, seen):
+    store = ModelStore(tmp_path, clock=lambda: datetime(2025, 9, 1, tzinfo=timezone.utc) - ahead)
+    store.promote(by_hand().to_bytes(), facts)
+    finding = next(f for f in diagnose(store).findings if f.part == "age")
+    assert finding.status == status and seen in finding.seen
+
+
 # --- limits of the training range -------------------------------------------------------------------------------------
 
 

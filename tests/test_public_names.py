@@ -46,9 +46,10 @@ PUBLIC = {
         AmbiguousDataError ColumnTypeError ConfigError DataError DuplicateError EmptyDataError FeatureError GapError HighLowError
         InfiniteValueError IntegrityError LFSPointerError MLEnsembleError MarkdownRepr MissingColumnError MissingExtraError
         MissingValueError ModelNotFoundError NegativeValueError NotATableError RetrainError StaleDataError StaleStoreError StoreError
-        TimestampError TooShortError UnsafeModelError UnsortedError ValidationError canonical_json core_file
-        find_project in_threads iso models_dir n_threads page_file project_root readable_json requires_extra sha256_hex
-        sync_directory usable_cpus utc_now version_id write_atomic
+        TimestampError TooShortError UnsafeModelError UnsortedError ValidationError canonical_json
+        check_replaceable core_file find_project in_threads iso models_dir n_threads page_file project_root read_regular
+        readable_json requires_extra sha256_hex shorten sync_directory usable_cpus utc_now version_id working_directory
+        write_atomic
     """,
     "custom_features": "CustomFeature Window WindowBuffer custom_columns custom_feature load_custom",
     "ensemble": "ProductionEnsemble canary_rows closed_bars load_file metadata_beside restore_ensemble",
@@ -93,6 +94,7 @@ PUBLIC = {
         precision_recall reliability_bins roc_auc row_brier row_log_loss skill_score weighted_f1
     """,
     "model_file": "CANARY_TOLERANCE FORMAT check_definition check_payload read_payload",
+    "model_graph": "check_graph",
     "monitoring": "Diagnosis HealthCheck diagnose plot_recent plot_versions send_alert version_table",
     "onnx_export": "export_onnx load_with_custom to_full_onnx",
     "plot_style": "BLUE GREY GRID INK ORANGE class_colour date_axis new_axes style_axes",
@@ -114,13 +116,17 @@ PUBLIC = {
         use_of_probabilities volatility_forecast volatility_inputs
     """,
     "trading_costs": "entry_delay known_spread net_returns plot_spread positions rolling_spread side_cost",
+    "store_records": """
+        MAX_HISTORY_BYTES MAX_METADATA_BYTES MAX_SEQUENCE VERSION check_fields check_metadata history_line parse_history
+        parse_json parse_metadata
+    """,
     "text_tables": "TextLayout TextTable read_text_table",
     "training": "fit_all make_ensemble parity_error probe_artefact trained_proba verify_version",
     "tree_graph": "READERS Tree to_onnx",
     "validation": "CombinatorialPurgedSplit PurgedWalkForward assemble_paths block_edges index_ns walk_forward_splits",
     "versioning": """
-        METADATA_FILE MODEL_FILE ModelStore archived install present_or_damaged read_archived read_bytes read_metadata
-        verify_bytes
+        MAX_MODEL_BYTES METADATA_FILE MODEL_FILE ModelStore archived check_reason check_version present_or_damaged read_archived
+        read_bytes read_history_file read_metadata read_pair remedy_for_damage verify_bytes write_store_file
     """,
     "walk_forward": """
         Predictions TrainingSet WalkForwardResult check_class_labels check_probabilities is_complete make_training_set

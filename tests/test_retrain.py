@@ -325,14 +325,20 @@ def test_the_diagnosis_of_a_healthy_store_and_of_a_damaged_one(trained, trained_
     store = trained[0]
     newest = datetime.fromisoformat(store.current()["data"]["to"])
     faults = lambda diagnosis: [finding.part for finding in diagnosis.findings if finding.status == "fault"]
-    assert faults(diagnose(ModelStore(store.root, clock=lambda: newest + timedelta(days=13)))) == ["market"]   # the sandbox
     old = diagnose(store)                                        # trained minutes ago, on candles of years ago
     assert not old.healthy and faults(old) == ["market", "age"]
     path = trained_copy.production / "production_model_metadata.json"
     real = path.read_text()
     for key in ("source", "market"):
         real = real.replace(f'"{key}": "sandbox"', f'"{key}": "file:candles.csv"')
+    created = store.current()["created_at"]
+    simulated = path.read_text().replace(created, (newest + timedelta(hours=5)).isoformat())       # not years later
+    path.write_text(simulated)
+    assert faults(diagnose(ModelStore(trained_copy.root, clock=lambda: newest + timedelta(days=13)))) == ["market"]
     path.write_text(real)
+    set_back = diagnose(ModelStore(trained_copy.root, clock=lambda: newest + timedelta(days=13)))
+    assert faults(set_back) == ["age"] and "the clock reads" in next(f.seen for f in set_back.findings if f.part == "age")
+    path.write_text(real.replace(created, (newest + timedelta(hours=5)).isoformat()))
     assert diagnose(ModelStore(trained_copy.root, clock=lambda: newest + timedelta(days=13))).healthy
     assert "days since the newest training bar" in next(f.seen for f in old.findings if f.part == "age")
     (trained_copy.production / "production_ensemble.pkl").write_bytes(b"damaged")
@@ -366,9 +372,13 @@ def test_an_environment_variable_can_be_null_or_wrong(monkeypatch):
         load_settings()
 
 
-def test_a_version_with_empty_metadata_is_a_finding_and_no_crash(trained_copy):
+def test_metadata_that_is_wrong_or_without_figures_is_a_finding_and_no_crash(trained_copy):
     path = trained_copy.production / "production_model_metadata.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "created_at": "yesterday", "metrics": None}))
+    facts = json.loads(path.read_text())
+    path.write_text(json.dumps({**facts, "created_at": "yesterday", "metrics": None}))
+    production = {finding.part: finding for finding in diagnose(trained_copy).findings}["production"]
+    assert production.status == "fault" and "created_at is yesterday" in production.seen and "check --repair" in production.remedy
+    path.write_text(json.dumps({name: value for name, value in facts.items() if name != "metrics"}))
     assert {f.part: f.status for f in diagnose(trained_copy).findings}["figures"] == "fault"
 
 

@@ -157,7 +157,9 @@ def test_warm_up_gives_the_state_of_the_bars_one_by_one(model):
 
 # --- abstention -------------------------------------------------------------------------------------------------------
 
+DATED = {"created_at": datetime.now(timezone.utc).isoformat()}     # metadata without a date give no predictions
 MADE = datetime(2025, 9, 1, tzinfo=timezone.utc)
+NO_DATE = "cannot determine model age: the metadata contain neither data.to nor created_at"
 LIMIT = datetime(2025, 9, 13, 20, tzinfo=timezone.utc)       # 14 days after the newest training bar
 
 
@@ -173,11 +175,20 @@ def dated(clock, **more):
     (None, LIMIT + timedelta(minutes=15), {}, "expired: 14.0 days since the newest training bar, the limit is 14"),
     (None, MADE + timedelta(days=14), {"data": {}}, ""),
     (None, MADE + timedelta(days=14, minutes=15), {"data": {}}, "expired: 14.0 days since training, the limit is 14"),
+    (None, MADE - timedelta(hours=1), {}, ""),
+    (None, MADE - timedelta(hours=1, minutes=1), {}, "cannot determine model age: the clock reads 2025-08-31 22:59:00 UTC, "
+     "before training at 2025-09-01 00:00:00 UTC"),
+    (None, LIMIT - timedelta(days=15), {"created_at": None}, "cannot determine model age: the clock reads 2025-08-29 20:00:00 "
+     "UTC, before the newest training bar at 2025-08-30 20:00:00 UTC"),
+    (None, datetime(1970, 1, 1, tzinfo=timezone.utc), {"data": {}}, "cannot determine model age: the clock reads 1970-01-01 "
+     "00:00:00 UTC, before training at 2025-09-01 00:00:00 UTC"),
+    ("2024-01-01T00:00:00Z", MADE + timedelta(days=99), {}, ""),                   # a bar before the training: a replay
     (None, MADE, {"data": {"to": "2023-10-13T00:00:00Z"}}, "expired: 689.0 days since the newest training bar, the limit is 14"),
     ("2025-09-13T20:00:00Z", MADE + timedelta(days=99), {}, ""),
     ("2025-09-13T20:00:01Z", MADE + timedelta(days=99), {}, "expired: 14.0 days since the newest training bar, the limit is 14"),
     ("2025-09-16T00:00:00Z", MADE + timedelta(days=99), {"data": {}}, "expired: 15.0 days since training, the limit is 14"),
-    (None, MADE + timedelta(days=99), {"created_at": None, "data": {}}, "")])
+    (None, MADE + timedelta(days=99), {"created_at": None, "data": {}}, NO_DATE),
+    ("2025-09-13T20:00:00Z", MADE + timedelta(days=99), {"created_at": None, "data": {"to": None, "source": "file:x"}}, NO_DATE)])
 def test_the_age_of_a_model_is_counted_in_bars_or_by_the_clock(features, time, clock, more, said):
     model, row = dated(clock, **more), features.iloc[100]
     same = [time and datetime.fromisoformat(time), time and np.datetime64(time[:-1]), time and pd.Timestamp(time)]
@@ -185,6 +196,7 @@ def test_the_age_of_a_model_is_counted_in_bars_or_by_the_clock(features, time, c
         answer = model.predict_one(row, time=moment)
         assert answer.reason == said and math.isnan(answer.probability) == bool(said)
         assert not said or (answer.decision, answer.version) == ("hold", "20250901-0001")
+    assert ("always: no valid time" in model._repr_markdown_()) == (said == NO_DATE)
     assert model.decide(100, 101, 99, 100, 5, time=same[0]).reason == (said or "warm-up: 1 of 49 bars")
     assert np.isfinite(model.predict_proba(features)[49:]).all()          # a backtest may look anywhere
 
@@ -345,12 +357,12 @@ def test_a_file_in_place_of_the_models_folder_is_a_named_error(tmp_path):
 
 def test_reload_replaces_the_version_and_keeps_the_stream(store):
     first, second = sandbox_ensemble(seed=1), sandbox_ensemble(seed=2)
-    store.promote(first.to_bytes(), {})
+    store.promote(first.to_bytes(), DATED)
     model = ProductionEnsemble(store=store)
     candles = simulate_market(100, seed=5)[0]
     model.warm_up(candles[:-1])
     assert model.reload_if_changed() is False
-    promoted = store.promote(second.to_bytes(), {})["version"]
+    promoted = store.promote(second.to_bytes(), DATED)["version"]
     assert model.reload_if_changed() is True and model.reload_if_changed() is False
     answer = model.decide(*bars(candles)[-1], time=candles.index[-1])
     assert answer.version == promoted and not answer.reason
@@ -360,18 +372,18 @@ def test_reload_replaces_the_version_and_keeps_the_stream(store):
 
 
 def test_nothing_is_read_while_nothing_changes(store, monkeypatch):
-    store.promote(sandbox_ensemble().to_bytes(), {})
+    store.promote(sandbox_ensemble().to_bytes(), DATED)
     model = ProductionEnsemble(store=store)
     monkeypatch.setattr(serving, "read_metadata", lambda path: pytest.fail("the metadata was read"))
     assert model.reload_if_changed() is False
-    store.promote(sandbox_ensemble(seed=2).to_bytes(), {})
+    store.promote(sandbox_ensemble(seed=2).to_bytes(), DATED)
     with pytest.raises(pytest.fail.Exception):
         model.reload_if_changed()
 
 
 def spoil(kind, store, good):
     if kind == "damaged":
-        version = store.promote(good, {})["version"]
+        version = store.promote(good, DATED)["version"]
         for path in (store.production / MODEL_FILE, store.archive / f"production_ensemble_{version}.pkl"):
             path.write_bytes(b"x" * 100)
         return IntegrityError
@@ -382,10 +394,10 @@ def spoil(kind, store, good):
         payload = read_payload(good)
         table = payload["canary"]["probabilities"]
         wrong = {**payload, "canary": {**payload["canary"], "probabilities": [[0.5, 0.5]] * len(table)}}
-        store.promote(pickled(wrong), {})
+        store.promote(pickled(wrong), DATED)
         return IntegrityError
     if kind == "other features":
-        store.promote(pickled({**read_payload(good), "fingerprint": "0" * 64}), {})
+        store.promote(pickled({**read_payload(good), "fingerprint": "0" * 64}), DATED)
         return FeatureError
     path = store.production / METADATA_FILE
     path.unlink() if kind == "gone" else path.write_text("{")
@@ -404,7 +416,7 @@ def pickled(payload):
 @pytest.mark.parametrize("kind", ["damaged", "hostile", "canary", "other features", "gone", "no metadata"])
 def test_an_invalid_new_version_is_reported_each_time_and_the_old_one_keeps_serving(store, features, kind):
     good = sandbox_ensemble().to_bytes()
-    version = store.promote(good, {})["version"]
+    version = store.promote(good, DATED)["version"]
     model = ProductionEnsemble(store=store)
     before = model.predict_one(features.iloc[100])
     error = spoil(kind, store, sandbox_ensemble(seed=2).to_bytes())
@@ -412,14 +424,14 @@ def test_an_invalid_new_version_is_reported_each_time_and_the_old_one_keeps_serv
         with pytest.raises(error):
             model.reload_if_changed()
         assert model.predict_one(features.iloc[100]) == before and before.version == version
-    mended = store.promote(sandbox_ensemble(seed=2).to_bytes(), {})["version"]
+    mended = store.promote(sandbox_ensemble(seed=2).to_bytes(), DATED)["version"]
     assert model.reload_if_changed() is True and model.predict_one(features.iloc[100]).version == mended
 
 
 def test_during_a_promotion_the_version_named_by_the_metadata_is_served(store, features):
-    store.promote(sandbox_ensemble().to_bytes(), {})
+    store.promote(sandbox_ensemble().to_bytes(), DATED)
     model = ProductionEnsemble(store=store)
-    named = store.promote(sandbox_ensemble(seed=2).to_bytes(), {})["version"]
+    named = store.promote(sandbox_ensemble(seed=2).to_bytes(), DATED)["version"]
     (store.production / MODEL_FILE).write_bytes(sandbox_ensemble(seed=3).to_bytes())   # the next one, without metadata
     assert model.reload_if_changed() is True
     answer, expected = (who.predict_one(features.iloc[100]) for who in (model, sandbox_ensemble(seed=2)))
@@ -427,7 +439,7 @@ def test_during_a_promotion_the_version_named_by_the_metadata_is_served(store, f
 
 
 def test_only_an_ensemble_that_follows_production_reloads(store):
-    version = store.promote(sandbox_ensemble().to_bytes(), {})["version"]
+    version = store.promote(sandbox_ensemble().to_bytes(), DATED)["version"]
     by_path = ProductionEnsemble.load(store.production / MODEL_FILE)
     for pinned in (ProductionEnsemble(version, store=store), by_path, sandbox_ensemble()):
         with pytest.raises(StoreError, match="fixed version"):
@@ -444,9 +456,9 @@ def test_a_new_definition_of_the_features_starts_a_new_stream(store):
     candles = simulate_market(1500, seed=3)[0]
     wide = FeatureManager(custom=[spread_4])
     data, learners = learn(candles, manager=wide)
-    store.promote(sandbox_ensemble().to_bytes(), {})
+    store.promote(sandbox_ensemble().to_bytes(), DATED)
     model = ProductionEnsemble(store=store).warm_up(candles[:100])
-    store.promote(make_ensemble(data, learners, WEIGHTS, 0.5).to_bytes(), {})
+    store.promote(make_ensemble(data, learners, WEIGHTS, 0.5).to_bytes(), DATED)
     with pytest.raises(FeatureError, match="custom features spread_4"):
         model.reload_if_changed()
     assert model.decide(*bars(candles)[100]).reason == ""
@@ -469,7 +481,7 @@ def test_80_000_decisions_on_8_threads_each_come_from_one_version_during_50_prom
         expected[which] = [single.predict_one(row).probability for row in rows], settled[-1].probability
     assert expected[0][1] != expected[1][1] and all(a != b for a, b in zip(expected[0][0], expected[1][0]))
     files = [file.to_bytes() for file in files]
-    versions[store.promote(files[0], {})["version"]] = 0
+    versions[store.promote(files[0], DATED)["version"]] = 0
     model = ProductionEnsemble(store=store)
     for _ in range(still):
         model.decide(*even)
@@ -488,7 +500,7 @@ def test_80_000_decisions_on_8_threads_each_come_from_one_version_during_50_prom
     for thread in threads:
         thread.start()
     for swap in range(50):
-        versions[store.promote(files[(swap + 1) % 2], {})["version"]] = (swap + 1) % 2
+        versions[store.promote(files[(swap + 1) % 2], DATED)["version"]] = (swap + 1) % 2
         swaps += model.reload_if_changed()
     swapped.set()
     for thread in threads:

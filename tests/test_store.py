@@ -23,7 +23,7 @@ from ml_ensemble import core
 from ml_ensemble.core import IntegrityError, LFSPointerError, MLEnsembleError, StoreError, UnsafeModelError, sha256_hex
 from ml_ensemble.ensemble import ProductionEnsemble
 from ml_ensemble.model_file import read_payload
-from ml_ensemble.versioning import METADATA_FILE, MODEL_FILE, ModelStore, archived
+from ml_ensemble.versioning import METADATA_FILE, MODEL_FILE, ModelStore, archived, remedy_for_damage
 
 MODEL = bytes(range(256)) * 8
 
@@ -451,10 +451,23 @@ def test_truncated_and_foreign_entries_in_the_history_are_skipped(store):
     assert [event["sequence"] for event in store.history()] == [1, 2]
 
 
-def test_the_remedy_for_a_damaged_model_works_as_it_is_written(store):
-    version = store.promote(MODEL, {})["version"]
+@pytest.mark.parametrize("damage, remedy", [
+    (lambda store, first, second: None, "check --repair"),
+    (lambda store, first, second: archived(store, second)[0].unlink(), 'rollback --reason "damaged files"`'),
+    (lambda store, first, second: (archived(store, second)[1].unlink(), (store.production / METADATA_FILE).write_text("{")),
+     'rollback --reason "damaged files"`'),
+    (lambda store, first, second: [archived(store, v)[0].unlink() for v in (first, second)], "ml-ensemble retrain"),
+], ids=["one copy", "both copies", "metadata and the archived copy", "everything"])
+def test_the_remedy_for_damaged_files_is_the_one_that_works(store, damage, remedy):
+    first, second = (store.promote(model, {})["version"] for model in (MODEL, MODEL[::-1]))
     (store.production / MODEL_FILE).write_bytes(b"x")
-    with pytest.warns(RuntimeWarning, match=f'rollback --reason "damaged file" --to {version}'):
-        store.read()
-    store.rollback("damaged file", version)
-    assert store.read()[1] == MODEL and (store.production / MODEL_FILE).read_bytes() == MODEL
+    damage(store, first, second)
+    assert remedy in remedy_for_damage(store)
+    if "repair" in remedy:
+        assert len(store.repair()) == 1 and store.read()[1] == MODEL[::-1]
+    elif "rollback" in remedy:
+        assert store.rollback("damaged files")["version"] == first
+        assert store.read()[1] == MODEL == (store.production / MODEL_FILE).read_bytes()
+    else:
+        with pytest.raises(IntegrityError):
+            store.read()
