@@ -583,14 +583,14 @@ def _production_stat(store: ModelStore) -> tuple | None:
     "Identity of the metadata file in production; changes with every promotion and rollback."
     try:
         stat = os.stat(store.production / METADATA_FILE)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    except OSError:
+        return None                  # reading the metadata names the error
     return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 def _read_version_bytes(store: ModelStore, metadata: dict) -> bytes:
     "The bytes of the version that `metadata` describes, never of another one."
     try:
-        return verify_bytes(read_bytes(store.production / MODEL_FILE), metadata, f"production/{MODEL_FILE}")
+        return verify_bytes(read_bytes(store.production / MODEL_FILE, store.root), metadata, f"production/{MODEL_FILE}")
     except IntegrityError as fault:
         try:
             return verify_bytes(read_archived(store, metadata["version"])[1], metadata, "archive")
@@ -608,7 +608,7 @@ def _follow_production(ensemble: ProductionEnsemble, features: FeatureManager | 
     if stat == ensemble._seen_stat and features is None:
         return False
     with ensemble._changing:
-        live, metadata = ensemble._state, read_metadata(store.production / METADATA_FILE)
+        live, metadata = ensemble._state, read_metadata(store.production / METADATA_FILE, store.root)
         same = metadata["sha256"] == live.loaded.metadata["sha256"] and metadata["version"] == live.loaded.version
         if not same or features is not None:
             new, old = features or live.loaded.manager, live.feed.manager

@@ -1,4 +1,5 @@
 """The record as lived: who was in production at each bar, and the comparison that grows over promotions."""
+import json
 import numpy as np
 import onnx
 import pandas as pd
@@ -14,7 +15,7 @@ from ml_ensemble.walk_forward import Predictions
 from ml_ensemble.feature_manager import FeatureManager
 from ml_ensemble.labels import forward_return_labels
 from ml_ensemble.sandbox import simulate_market
-from ml_ensemble.versioning import ModelStore
+from ml_ensemble.versioning import ModelStore, archived
 
 CANDLES, _ = simulate_market(700, seed=4)
 MANAGER = FeatureManager()
@@ -189,8 +190,10 @@ def test_in_a_replay_a_rollback_counts_from_the_newest_bar_of_what_it_replaced(s
     {"data": {**DATA, "labels": ["horizon"], "to": BARS[50].isoformat()}}, {"fingerprint": None}])
 def test_incomplete_metadata_gives_a_reason_and_no_error(store, facts):
     whole = {"data": {**DATA, "to": BARS[50].isoformat()}, "fingerprint": MANAGER.fingerprint, "classes": [0, 1]}
-    odd = store.promote(MODEL, {**whole, **facts} if facts else {})["version"]
+    odd = store.promote(MODEL, whole if facts else {})["version"]
     good = promote(store, 100)
+    path = archived(store, odd)[1]                              # a promotion would refuse most of these
+    path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))
     record = production_record(store, FEATURES, MANAGER, TODAY)
     assert set(record.version) == {good} and len(record.gaps) == 1 and odd in record.gaps[0]
     assert "unreadable metadata" in record.gaps[0] or "not recorded" in record.gaps[0] or "classes [] ->" in record.gaps[0]

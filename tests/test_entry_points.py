@@ -316,8 +316,7 @@ def test_predict_marks_bars_as_the_stream_does_and_names_old_ones(predict):
 
 def test_the_age_of_the_diagnosis_and_of_the_description_is_that_of_the_newest_bar(store):
     now = store.clock()
-    store.promote(by_hand().to_bytes(), {"created_at": now.isoformat(), "data": {"to": (now - timedelta(days=689)).isoformat()},
-                  "metrics": None})
+    store.promote(by_hand().to_bytes(), {"created_at": now.isoformat(), "data": {"to": (now - timedelta(days=689)).isoformat()}})
     finding = next(f for f in diagnose(store).findings if f.part in ("age", "figures"))
     model = ProductionEnsemble(store=store)
     assert model.get_model_info()["newest_bar"][:10] == f"{now - timedelta(days=689):%Y-%m-%d}"

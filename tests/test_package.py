@@ -25,6 +25,10 @@ SMALL = {f"ML_ENSEMBLE_{name}": value for name, value in {
     "DATA__DAYS": "100", "VALIDATION__N_SPLITS": "2", "EVALUATION__REPLICATIONS": "100", "AUDIT__CUTS": "1",
     **{f"LEARNERS__{name}__N_ESTIMATORS": "10" for name in ("LIGHTGBM", "XGBOOST", "RANDOM_FOREST")},
     **{f"LEARNERS__{name}__LEARNING_RATE": "0.2" for name in ("LIGHTGBM", "XGBOOST")}}.items()}
+# Promoted whatever its figures: where the verdict is not the point.
+PROMOTED = {"ML_ENSEMBLE_PRODUCTION__ALLOW_SIMULATED": "true", **{f"ML_ENSEMBLE_GATE__{name}": value for name, value in {
+    "MIN_SAMPLES": "1", "MIN_CLASS_ROWS": "1", "MIN_WEIGHTED_F1": "-1", "MIN_F1_OVER_MAJORITY": "-1", "MIN_SKILL_LOWER": "-1",
+    "MIN_DIRECTION_LOWER": "-1", "MIN_PROBABILISTIC_SHARPE": "1e-9", "MAX_CALIBRATION_ERROR": "1"}.items()}}
 
 
 @pytest.fixture(scope="module")
@@ -220,10 +224,10 @@ def test_no_import_of_the_training_extra_is_left_unguarded():
 
 @pytest.mark.slow
 def test_a_retrain_and_a_fit_in_an_empty_directory_leave_nothing_but_the_store(training):
-    done = training("ml-ensemble", "retrain", "--json", ML_ENSEMBLE_MODELS=str(training.models), **SMALL)
+    done = training("ml-ensemble", "retrain", "--json", ML_ENSEMBLE_MODELS=str(training.models), **SMALL, **PROMOTED)
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout)
-    assert outcome["report"].startswith(str(training.models / "reports"))
+    assert outcome["promoted"] and outcome["report"].startswith(str(training.models / "reports"))
     assert {path.name for path in (training.models / "training").iterdir()} == {
         "lightgbm_model.pkl", "xgboost_model.pkl", "random_forest_model.pkl", "training_metadata.json"}
     facts = json.loads((training.models / "training/training_metadata.json").read_text())
