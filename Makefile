@@ -24,7 +24,7 @@ endef
 export WITH_ARGS
 RUN := $(BIN)/python -P -c "$$WITH_ARGS"
 
-.PHONY: help install retrain test test-quick export-check lint compiled lab notebooks bench lock clean
+.PHONY: help install retrain test test-quick export-check lint compiled lab notebooks bench faults lock clean
 .DEFAULT_GOAL := help
 
 help: ## Print this list
@@ -65,7 +65,8 @@ test-quick: export-check lint compiled ## The same without notebooks, coverage a
 	@$(RUN) $(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 lab: .venv/.installed ## JupyterLab on the notebooks; ARGS="--port 9000" and the like
-	$(RUN) $(BIN)/jupyter lab --notebook-dir nbs $(if $(filter 0,$(shell id -u)),--allow-root)
+	$(RUN) $(BIN)/jupyter lab --notebook-dir nbs $(if $(filter 0,$(shell id -u)),--allow-root) \
+	  --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.news_url=None
 
 notebooks: .venv/.installed ## Re-execute every notebook in place, then clean
 	ML_ENSEMBLE_MODELS=$$(mktemp -d) $(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level=WARN $(filter-out $(RECORDED_PAGES),$(wildcard nbs/*.ipynb))
@@ -82,6 +83,9 @@ bench: .venv/.installed ## Speed and memory beside peers, error rates of the gat
 	$(BIN)/papermill nbs/gate_characteristics.ipynb $$page --no-progress-bar --log-level ERROR -p illusions 4 -p planted 4 \
 	  -p between 0 -p bars 6600 -p trees 0 -p workers 2; \
 	$(PRINT) < $$page
+
+faults: .venv/.installed ## Faults at each step of promotions, rollbacks and backups, signals at random moments (2 minutes)
+	@$(RUN) $(BIN)/python tests/store_faults.py
 
 # Left out: libraries for NVIDIA's GPUs, and a checker of web addresses that adds 1.4 s to every import of nbformat.
 lock: .venv/.installed ## Resolve requirements.lock anew from pyproject.toml (needs uv)

@@ -302,14 +302,16 @@ def _check_output(path: Path) -> Path:
         raise ConfigError(f"the folder {target.parent} cannot be written", "Name a file in another one.")
     return target
 
-def _declared_features() -> tuple[str, ...]:
-    "The custom features of the configuration; none, with a note, if it cannot be read: a rollback must not need it."
+def _configure_store(store: ModelStore) -> tuple[str, ...]:
+    "Set what the store keeps; returns the custom features of the configuration. Without one, with a note: a rollback must not need it."
     from ml_ensemble.config import load_settings
     try:
-        return tuple(load_settings().features.custom)
+        settings = load_settings()
     except ConfigError as error:
         _stderr().print(f"[yellow]Note:[/] {_plain(error.problem)}; only versions without custom features can be restored.")
         return ()
+    store.keep_versions, store.keep_backups = settings.production.keep_versions, settings.production.keep_backups
+    return tuple(settings.features.custom)
 
 # %% ../nbs/53_cli.ipynb #863731f6
 @app.command("retrain")
@@ -489,10 +491,15 @@ def _price_line(values, width: int = 100) -> str:
 
 # %% ../nbs/53_cli.ipynb #86b7ab8a
 @app.command()
-def check(as_json: _Json = False):
+def check(
+    context: typer.Context,
+    repair: Annotated[bool, typer.Option(
+        "--repair", help="Before, complete or undo what a killed process has left, and restore damaged files from the archive.")] = False,
+    as_json: _Json = False,
+):
     "Diagnose production, age, metrics, last run, configuration and disk. Exit with code 1 if not fit to trade."
     from ml_ensemble.monitoring import diagnose
-    diagnosis = diagnose()
+    diagnosis = diagnose(_store_of(context), repair=repair)
     if as_json:
         print(readable_json(diagnosis.to_dict()), end="")
     else:
@@ -568,7 +575,7 @@ def rollback(
     from ml_ensemble.training import verify_version
     reason, store = _check_reason(reason), _store_of(context)
     to = _version_argument(store, to, "--to")
-    facts = store.rollback(reason, to, verify=partial(verify_version, custom=_declared_features()))
+    facts = store.rollback(reason, to, verify=partial(verify_version, custom=_configure_store(store)))
     replaced = facts["event"]["replaced"]
     result = {"version": facts["version"], "sequence": facts["sequence"], "replaced": replaced, "reason": reason}
     if as_json:
@@ -580,7 +587,9 @@ def rollback(
 @app.command()
 def backup(context: typer.Context, as_json: _Json = False):
     "Copy the production model and its metadata to models/production_backup_<timestamp>/."
-    folder = _store_of(context).backup()
+    store = _store_of(context)
+    _configure_store(store)
+    folder = store.backup()
     if as_json:
         print(readable_json({"backup": str(folder)}), end="")
     else:

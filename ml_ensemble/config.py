@@ -202,6 +202,8 @@ class ProductionSettings(Section):
     range_margin: _NonNegative
     allow_simulated: bool
     min_free_disk_mb: _NonNegative
+    keep_versions: Annotated[int, Field(ge=2)]
+    keep_backups: _Count
 
 # %% ../nbs/21_config.ipynb #21a00002
 _MAX_FILE, _MAX_TEXT = 1_000_000, 10_000        # bytes of a settings file, characters of one `--set` or one variable

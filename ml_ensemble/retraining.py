@@ -634,7 +634,7 @@ def _render(report: Path) -> Path:
     with requires_extra():
         from nbconvert import HTMLExporter
     exporter = HTMLExporter(raw_template=_PAGE, embed_images=True, exclude_input_prompt=True, exclude_output_prompt=True,
-                            exclude_raw=True)
+                            exclude_raw=True, extra_template_basedirs=[])   # its default is the working directory
     html, _ = exporter.from_filename(str(report))
     return write_atomic(report.with_suffix(".html"), html)
 
@@ -815,6 +815,7 @@ def retrain(source: str | None = None, days: int | None = None, overrides: Seque
     try:
         texts = (*split_overrides(overrides), *run_overrides(source, days))
         settings = load_settings(texts)
+        store.keep_versions, store.keep_backups = settings.production.keep_versions, settings.production.keep_backups
         check_order_file(core_file("feature_order.json"))
         result = None if force else _without_new_bars(settings, store)
         result = result or _run_notebook(store, texts, verbose, show_progress, accept_change, replace_market)

@@ -353,6 +353,8 @@ def shadowed(tmp_path, untraced):
         (folder / "config/core" / path.name).write_bytes(path.read_bytes())
     for name in SHADOWS:
         (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r} + chr(10))\nraise ImportError({name!r})\n")
+    (folder / "lab/lab").mkdir(parents=True)                    # where nbconvert looks for the template of a report
+    (folder / "lab/lab/index.html.j2").write_text("{{ cycler.__init__.__globals__.os.system('touch %s') }}" % (tmp_path / "ran"))
     simulate_market(300, seed=1)[0].to_csv(folder / "candles.csv")
     return folder
 
