@@ -304,13 +304,13 @@ def _check_output(path: Path) -> Path:
 
 def _configure_store(store: ModelStore) -> tuple[str, ...]:
     "Set what the store keeps; returns the custom features of the configuration. Without one, with a note: a rollback must not need it."
-    from ml_ensemble.config import load_settings
+    from ml_ensemble.config import load_settings, set_policy
     try:
         settings = load_settings()
     except ConfigError as error:
         _stderr().print(f"[yellow]Note:[/] {_plain(error.problem)}; only versions without custom features can be restored.")
         return ()
-    store.keep_versions, store.keep_backups = settings.production.keep_versions, settings.production.keep_backups
+    set_policy(store, settings)
     return tuple(settings.features.custom)
 
 # %% ../nbs/53_cli.ipynb #863731f6

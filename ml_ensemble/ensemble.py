@@ -17,14 +17,14 @@ from typing import Self
 import numpy as np
 
 from .candles import bar_interval, bar_times
-from .core import IntegrityError, ModelNotFoundError, StoreError, ValidationError, iso, read_regular, utc_now
+from .core import ModelNotFoundError, StoreError, ValidationError, iso, read_regular, utc_now
 from .feature_manager import FeatureManager
 from .inference import EPOCH, LoadedModel, ForkLock, decide_rows, open_payload, predict_proba
 from .live import (CLASS_NAMES, Decision, LiveStream, ServingState, bar_interval_ns, check_bars, decide_bar,
                               decide_values, read_history, split_unfinished, warm_stream)
 from .metrics import accuracy, confusion_matrix, row_log_loss, weighted_f1
 from .model_file import check_payload, read_payload
-from .versioning import (MAX_MODEL_BYTES, METADATA_FILE, MODEL_FILE, ModelStore, read_archived, read_bytes, read_metadata,
+from .versioning import (MAX_MODEL_BYTES, METADATA_FILE, ModelStore, read_exact, read_metadata, read_signed,
                                     verify_bytes)
 
 # %% ../nbs/18_ensemble.ipynb #a1c05e51
@@ -587,16 +587,6 @@ def _production_stat(store: ModelStore) -> tuple | None:
         return None                  # reading the metadata names the error
     return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
-def _read_version_bytes(store: ModelStore, metadata: dict) -> bytes:
-    "The bytes of the version that `metadata` describes, never of another one."
-    try:
-        return verify_bytes(read_bytes(store.production / MODEL_FILE, store.root), metadata, f"production/{MODEL_FILE}")
-    except IntegrityError as fault:
-        try:
-            return verify_bytes(read_archived(store, metadata["version"])[1], metadata, "archive")
-        except StoreError:
-            raise fault from None
-
 # %% ../nbs/18_ensemble.ipynb #a1c05e54
 def _follow_production(ensemble: ProductionEnsemble, features: FeatureManager | None) -> bool:
     "Load the version in production if it is another one, and replace the loaded one as a whole."
@@ -608,11 +598,12 @@ def _follow_production(ensemble: ProductionEnsemble, features: FeatureManager | 
     if stat == ensemble._seen_stat and features is None:
         return False
     with ensemble._changing:
-        live, metadata = ensemble._state, read_metadata(store.production / METADATA_FILE, store.root)
+        live, metadata = ensemble._state, read_signed(store, store.production / METADATA_FILE)
         same = metadata["sha256"] == live.loaded.metadata["sha256"] and metadata["version"] == live.loaded.version
         if not same or features is not None:
             new, old = features or live.loaded.manager, live.feed.manager
-            loaded = open_payload(read_payload(_read_version_bytes(store, metadata)), metadata, new)
+            metadata, model = read_exact(store)
+            loaded = open_payload(read_payload(model), metadata, new)
             unchanged = (new.fingerprint, new.calendar) == (old.fingerprint, old.calendar)
             ensemble._state = ServingState(loaded, live.feed if unchanged else LiveStream(new, bar_interval_ns(loaded)))
         ensemble._seen_stat = stat

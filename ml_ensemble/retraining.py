@@ -48,7 +48,7 @@ from .candle_files import absolute_path
 from .candles import bar_interval
 from .champion import (Comparison, changed_meaning, compare_recipes, compare_with_record, production_record, meaning,
                                   decision_settings)
-from .config import Section, Settings, load_settings
+from .config import Section, Settings, load_settings, set_policy
 from .ensemble import ProductionEnsemble
 from .evaluation import Evaluation, diebold_mariano, evaluate, paired_skill_difference, permutation_importance
 from .feature_manager import check_order_file, input_names
@@ -815,7 +815,7 @@ def retrain(source: str | None = None, days: int | None = None, overrides: Seque
     try:
         texts = (*split_overrides(overrides), *run_overrides(source, days))
         settings = load_settings(texts)
-        store.keep_versions, store.keep_backups = settings.production.keep_versions, settings.production.keep_backups
+        set_policy(store, settings)
         check_order_file(core_file("feature_order.json"))
         result = None if force else _without_new_bars(settings, store)
         result = result or _run_notebook(store, texts, verbose, show_progress, accept_change, replace_market)

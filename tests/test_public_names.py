@@ -40,13 +40,13 @@ PUBLIC = {
         AuditSettings DataSettings EnsembleSettings EvaluationSettings FeatureSettings GateSettings LabelSettings
         LearnerSettings LearnersSettings LightGBMSettings ProductionSettings RandomForestSettings Section Settings
         TradingSettings TrainingSettings ValidationSettings WeightSettings XGBoostSettings core_tree expand_override
-        leaf_paths load_settings
+        leaf_paths load_settings set_policy
     """,
     "core": """
         AmbiguousDataError ColumnTypeError ConfigError DataError DuplicateError EmptyDataError FeatureError GapError HighLowError
         InfiniteValueError IntegrityError LFSPointerError MLEnsembleError MarkdownRepr MissingColumnError MissingExtraError
         MissingValueError ModelNotFoundError NegativeValueError NotATableError RetrainError StaleDataError StaleStoreError StoreError
-        TimestampError TooShortError UnsafeModelError UnsortedError ValidationError canonical_json
+        SignatureError TimestampError TooShortError UnsafeModelError UnsortedError ValidationError canonical_json
         check_replaceable core_file find_project in_threads iso models_dir n_threads page_file project_root read_regular
         readable_json requires_extra sha256_hex shorten sync_directory usable_cpus utc_now version_id working_directory
         write_atomic
@@ -111,13 +111,17 @@ PUBLIC = {
         run_skill_sources split_overrides stage trading_facts
     """,
     "sandbox": "CLUSTERING QUOTED_SPREAD STRENGTH VOLATILITY bar_length best_skill signal simulate_market true_probability",
+    "signing": """
+        check_mark check_signature generate_key key_id public_key public_of public_text raise_mark read_mark sign_metadata
+        state_folder
+    """,
     "skill_sources": """
         Money SkillSources above_zero known_rows log_odds money_bridge plot_waterfall skill_sources stacked_loss
         use_of_probabilities volatility_forecast volatility_inputs
     """,
     "trading_costs": "entry_delay known_spread net_returns plot_spread positions rolling_spread side_cost",
     "store_records": """
-        MAX_HISTORY_BYTES MAX_METADATA_BYTES MAX_SEQUENCE VERSION check_fields check_metadata history_line parse_history
+        MAX_HISTORY_BYTES MAX_METADATA_BYTES MAX_SEQUENCE VERSION check_chain check_fields check_metadata history_line parse_history
         parse_json parse_metadata
     """,
     "text_tables": "TextLayout TextTable read_text_table",
@@ -125,8 +129,9 @@ PUBLIC = {
     "tree_graph": "READERS Tree to_onnx",
     "validation": "CombinatorialPurgedSplit PurgedWalkForward assemble_paths block_edges index_ns walk_forward_splits",
     "versioning": """
-        MAX_MODEL_BYTES METADATA_FILE MODEL_FILE ModelStore archived check_reason check_version present_or_damaged read_archived
-        read_bytes read_history_file read_metadata read_pair remedy_for_damage verify_bytes write_store_file
+        CHANGES MAX_MODEL_BYTES METADATA_FILE MODEL_FILE ModelStore archived check_reason check_version present_or_damaged
+        read_archived read_bytes read_exact read_history_file read_metadata read_pair read_signed read_staged
+        remedy_for_damage verify_bytes write_store_file
     """,
     "walk_forward": """
         Predictions TrainingSet WalkForwardResult check_class_labels check_probabilities is_complete make_training_set
