@@ -4,7 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'run_command', 'cli_main', 'retrain_command', 'candles_command', 'check', 'audit_command', 'history',
-           'rollback', 'backup', 'predict', 'export']
+           'rollback', 'backup', 'versions_command', 'show_command', 'diff_command', 'verify_command',
+           'promote_command', 'restore_command', 'pin_command', 'unpin_command', 'prune_command', 'keygen_command',
+           'predict', 'export']
 
 # %% ../nbs/53_cli.ipynb #d27af15f
 import contextlib
@@ -25,7 +27,7 @@ from typing import Annotated, NamedTuple
 import numpy as np
 
 from .core import (ConfigError, MissingExtraError, MLEnsembleError, StoreError, readable_json, requires_extra,
-                              utc_now)
+                              shorten, utc_now, write_atomic)
 
 with requires_extra():
     import typer
@@ -33,7 +35,8 @@ with requires_extra():
     from rich.markup import escape
     from rich.table import Table
 
-from .versioning import ModelStore, archived, present_or_damaged
+from .store_records import changed_meaning, decision_settings
+from .versioning import ModelStore, archived, present_or_damaged, read_staged
 
 # %% ../nbs/53_cli.ipynb #1ec4586d
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -325,6 +328,8 @@ def retrain_command(
     replace_market: Annotated[str, typer.Option(
         "--replace-market", metavar="NAME", help="Allow this market to replace another one in production.")] = "",
     force: Annotated[bool, typer.Option("--force", help="Train also without new bars and with the same settings.")] = False,
+    no_promote: Annotated[bool, typer.Option(
+        "--no-promote", help="Keep a version that passes the gate in models/staged/, for `ml-ensemble promote VERSION`.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the output of the notebook.")] = False,
     as_json: _Json = False,
 ):
@@ -337,12 +342,12 @@ def retrain_command(
     if not as_json:
         _stderr().print("Retraining: about a minute on two cores ...")
     outcome = retraining.retrain(source, days, tuple(set_ or ()), store=_store_of(context), verbose=verbose,
-                                 accept_change=accept_change, replace_market=replace_market, force=force)
+                                 accept_change=accept_change, replace_market=replace_market, force=force, promote=not no_promote)
     if as_json:
         print(readable_json(outcome.to_dict()), end="")
     else:
         _show_outcome(outcome)
-    if require_promotion and not outcome.promoted and outcome.reason != retraining.NO_NEW_BARS:
+    if require_promotion and not outcome.promoted and outcome.reason not in (retraining.NO_NEW_BARS, retraining.STAGED):
         raise typer.Exit(_NEGATIVE)
 
 # %% ../nbs/53_cli.ipynb #04990c56
@@ -373,6 +378,9 @@ def _show_outcome(outcome) -> None:
     out.print(_verdict_table(outcome.verdict, f"Gate: {outcome.verdict.outcome.upper()}"))
     if outcome.promoted:
         out.print(f"[bold green]Version {outcome.version} is in production.[/]")
+    elif outcome.version:
+        out.print(f"[bold green]Version {outcome.version} is staged[/] (`ml-ensemble promote {outcome.version}`). "
+                  f"In production: {outcome.current or 'nothing yet'}.", soft_wrap=True)
     else:
         out.print(f"[bold red]Not promoted.[/] In production: {outcome.current or 'nothing yet'}.")
     out.print(_plain(outcome.verdict.summary), soft_wrap=True)
@@ -576,13 +584,7 @@ def rollback(
     reason, store = _check_reason(reason), _store_of(context)
     to = _version_argument(store, to, "--to")
     facts = store.rollback(reason, to, verify=partial(verify_version, custom=_configure_store(store)))
-    replaced = facts["event"]["replaced"]
-    result = {"version": facts["version"], "sequence": facts["sequence"], "replaced": replaced, "reason": reason}
-    if as_json:
-        print(readable_json(result), end="")
-    else:
-        _console().print(f"[bold green]Version {facts['version']} is back in production[/] "
-                         f"and replaces {replaced or 'a damaged version'}.")
+    _report_change(facts, "back in production", as_json)
 
 @app.command()
 def backup(context: typer.Context, as_json: _Json = False):
@@ -594,6 +596,168 @@ def backup(context: typer.Context, as_json: _Json = False):
         print(readable_json({"backup": str(folder)}), end="")
     else:
         _console().print(f"Backed up to {_plain(_nearby(folder))}", soft_wrap=True)
+
+# %% ../nbs/53_cli.ipynb #6974d3eb
+@app.command("versions")
+def versions_command(
+    context: typer.Context,
+    plot: Annotated[Path | None, typer.Option(dir_okay=False, help="Write a plot of skill and money to this .png or .svg file.")] = None,
+    as_json: _Json = False,
+):
+    "List the versions with their out-of-sample figures."
+    if plot is not None and plot.suffix not in (".png", ".svg"):
+        raise ConfigError(f"--plot is {str(plot)[:100]!r}", "Name a file that ends with .png or .svg.")
+    target = None if plot is None else _check_output(plot)
+    from ml_ensemble.versions import plot_versions, version_table
+    rows = version_table(_store_of(context))
+    if target is not None and len(rows):
+        picture = io.BytesIO()
+        plot_versions(rows).savefig(picture, format=target.suffix[1:])
+        write_atomic(target, picture.getvalue())
+    records = json.loads(rows.reset_index().to_json(orient="records"))
+    if as_json:
+        return print(readable_json({"versions": records, "plot": str(target) if target and len(rows) else None}), end="")
+    table = Table("version", "state", "newest bar", "market", "skill, 95 %", "F1", "% a year", "pinned", title="Out of sample",
+                  title_justify="left", title_style="bold")
+    for row in records:
+        skill = "" if row["skill"] is None else f"{row['skill']:.3f} ({row['skill_low']:.3f} to {row['skill_high']:.3f})"
+        yearly = "" if row["yearly_return"] is None else f"{100 * row['yearly_return']:.1f}"
+        f1 = "" if row["weighted_f1"] is None else f"{row['weighted_f1']:.3f}"
+        cells = (row["version"], row["state"], row["newest_bar"] or "", row["market"] or "", skill, f1, yearly, row["pinned"] or "")
+        table.add_row(*map(_plain, cells), style="bold" if row["state"] == "production" else "")
+    _console().print(table if records else "No versions yet. Run `ml-ensemble retrain` to create the first one.")
+
+@app.command("show")
+def show_command(context: typer.Context, version: Annotated[str | None, typer.Argument(
+        help="A version. Default: the one in production.")] = None, as_json: _Json = False):
+    "Show the metadata of a version: data, configuration, figures, verdict, events."
+    store = _store_of(context)
+    version = _version_argument(store, version, "VERSION")
+    facts = read_staged(store, version)[0] if version in store.staged() else store.read(version)[0]
+    events = [event for event in store.history() if event.get("version") == facts["version"]][-100:]
+    if as_json:
+        return print(readable_json({"metadata": facts, "events": events, "pinned": store.pins().get(facts["version"])}), end="")
+    table = Table(show_header=False, title=f"Version {facts['version']}", title_justify="left", title_style="bold")
+    for name, value in facts.items():
+        table.add_row(name, _plain(shorten(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), 400)))
+    for event in events:
+        table.add_row(event["kind"], _plain(f"{event['at']} {event.get('reason', '')}"))
+    _console().print(table)
+
+# %% ../nbs/53_cli.ipynb #eb3444e5
+@app.command("diff")
+def diff_command(
+    context: typer.Context, old: Annotated[str, typer.Argument(help="A version.")],
+    new: Annotated[str | None, typer.Argument(help="Another version. Default: the one in production.")] = None, as_json: _Json = False,
+):
+    "Compare two versions: figures with intervals, meaning of a decision, configuration, weights, data, packages."
+    store = _store_of(context)
+    _version_argument(store, old, "OLD")
+    new = _version_argument(store, new, "NEW") or store.read()[0]["version"]
+    from ml_ensemble.versions import diff_versions
+    diff = diff_versions(store, old, new)
+    if as_json:
+        return print(readable_json(diff.to_dict()), end="")
+    table = Table("", diff.old, diff.new)
+    for row in diff.rows():
+        table.add_row(*map(_plain, row))
+    _console().print(table)
+    if diff.meaning:
+        _console().print(f"[bold yellow]A decision means something else:[/] {_plain('; '.join(diff.meaning))}", soft_wrap=True)
+
+@app.command("verify")
+def verify_command(context: typer.Context, as_json: _Json = False):
+    "Check every file of the store against its hash, and the history line by line. Exit with code 1 if there is a fault."
+    findings = _store_of(context).verify()
+    if as_json:
+        print(readable_json({"intact": not findings, "findings": [shorten(finding, 1000) for finding in findings]}), end="")
+    else:
+        for finding in findings:
+            _console().print(f"[bold red]fault[/] {_plain(shorten(finding, 1000))}", soft_wrap=True)
+        _console().print("[bold red]Not intact.[/]" if findings else "[green]Every file is intact.[/]")
+    if findings:
+        raise typer.Exit(_FAILED)
+
+# %% ../nbs/53_cli.ipynb #70323cc6
+def _report_change(facts: dict, what: str, as_json: bool) -> None:
+    "Print a change of production."
+    event = facts["event"]
+    result = {"version": facts["version"], "sequence": facts["sequence"], "replaced": event["replaced"], "reason": event.get("reason")}
+    if as_json:
+        print(readable_json(result), end="")
+    else:
+        _console().print(f"[bold green]Version {facts['version']} is {what}[/] and replaces {event['replaced'] or 'no version'}.")
+
+@app.command("promote")
+def promote_command(
+    context: typer.Context, version: Annotated[str, typer.Argument(help="A staged version; `ml-ensemble versions` lists them.")],
+    accept_change: Annotated[bool, typer.Option(
+        "--accept-change", help="Allow that a decision of the version means something else than today's.")] = False,
+    as_json: _Json = False,
+):
+    "Put a version into production that `retrain --no-promote` has staged, after loading it in a fresh process."
+    from ml_ensemble.training import verify_version
+    store = _store_of(context)
+    _version_argument(store, version, "VERSION")
+    staged, current = read_staged(store, version)[0], store.current()
+    changed = changed_meaning(decision_settings(current), decision_settings(staged)) if current else []
+    if changed and not accept_change:
+        raise StoreError(f"a decision of version {version} means something else than today's: {'; '.join(changed)}",
+                         "Production was not changed. Add --accept-change if the program that trades expects it.")
+    facts = store.promote_staged(version, verify=partial(verify_version, custom=_configure_store(store)))
+    _report_change(facts, "in production", as_json)
+
+@app.command("restore")
+def restore_command(
+    context: typer.Context, backup: Annotated[str, typer.Argument(help="Folder production_backup_<timestamp> in models/.")],
+    reason: Annotated[str, typer.Option(help="Reason, 1 to 1,000 characters; it is recorded in the history.")], as_json: _Json = False,
+):
+    "Put the version of a backup into production again, as a new change, after loading it in a fresh process."
+    from ml_ensemble.training import verify_version
+    reason, store = _check_reason(reason), _store_of(context)
+    facts = store.restore(backup, reason, verify=partial(verify_version, custom=_configure_store(store)))
+    _report_change(facts, "back in production", as_json)
+
+# %% ../nbs/53_cli.ipynb #0211e91f
+@app.command("pin")
+def pin_command(context: typer.Context, version: Annotated[str, typer.Argument(help="An archived version.")],
+                reason: Annotated[str, typer.Option(help="Reason, 1 to 1,000 characters.")], as_json: _Json = False):
+    "Keep an archived version for good."
+    store = _store_of(context)
+    _version_argument(store, version, "VERSION")
+    store.pin(version, _check_reason(reason))
+    print(readable_json({"pinned": store.pins()}), end="") if as_json else _console().print(f"Version {version} is pinned.")
+
+@app.command("unpin")
+def unpin_command(context: typer.Context, version: Annotated[str, typer.Argument(help="A pinned version.")], as_json: _Json = False):
+    "Let the policy delete a pinned version again."
+    store = _store_of(context)
+    _version_argument(store, version, "VERSION")
+    store.unpin(version)
+    print(readable_json({"pinned": store.pins()}), end="") if as_json else _console().print(f"Version {version} is not pinned any more.")
+
+@app.command("prune")
+def prune_command(context: typer.Context, dry_run: Annotated[bool, typer.Option("--dry-run", help="Delete nothing.")] = False,
+                  as_json: _Json = False):
+    "Delete the versions and backups that the policy does not keep (production.keep_... of the configuration)."
+    store = _store_of(context)
+    _configure_store(store)
+    names = store.prune(dry_run=dry_run)
+    if as_json:
+        print(readable_json({"deleted": [] if dry_run else names, "would_delete": names if dry_run else []}), end="")
+    else:
+        what = "Would be deleted" if dry_run else "Deleted"
+        _console().print(f"{what}: {_plain(', '.join(names)) or 'nothing'}", soft_wrap=True)
+
+@app.command("keygen")
+def keygen_command(path: Annotated[Path, typer.Argument(help="File of the new private key, outside models/.")], as_json: _Json = False):
+    "Make a key that signs promotions; prints the public key, which readers are configured with."
+    from ml_ensemble.signing import generate_key
+    public = generate_key(_check_output(path))
+    if as_json:
+        return print(readable_json({"private_key": str(path.resolve()), "public_key": public}), end="")
+    print(f"ML_ENSEMBLE_SIGNING_KEY={path.resolve()}    # where retrain and rollback run; keep it secret\n"
+          f"ML_ENSEMBLE_PUBLIC_KEY={public}    # there, and where the model is loaded")
 
 # %% ../nbs/53_cli.ipynb #55e2167e
 @app.command()

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'MAX_SEQUENCE', 'MAX_METADATA_BYTES', 'MAX_HISTORY_BYTES', 'parse_json', 'check_fields', 'parse_metadata',
-           'check_metadata', 'parse_history', 'history_line', 'check_chain']
+           'check_metadata', 'meaning', 'decision_settings', 'changed_meaning', 'parse_history', 'history_line',
+           'check_chain']
 
 # %% ../nbs/10_store_records.ipynb #d949a261
 import io
@@ -184,6 +185,30 @@ def parse_metadata(data: bytes) -> dict:
 def check_metadata(metadata: object) -> None:
     "Raise ValueError for the first field of metadata that has the wrong type, range or length."
     check_fields(metadata, _METADATA)
+
+# %% ../nbs/10_store_records.ipynb #d9489abb
+def meaning(data: dict, fingerprint: str | None, classes: list[int]) -> dict:
+    "Settings that define what a decision means: labels, market, bar, features; `data` as in a version's metadata."
+    labels = {"entry": "close"} | _mapping(data.get("labels"))
+    return {**{f"labels.{name}": labels[name] for name in sorted(labels)}, "market": data.get("market") or data.get("source"),
+            "minutes of a bar": data.get("interval_minutes"), "features": fingerprint, "classes": list(classes)}
+
+def decision_settings(facts: dict) -> dict:
+    "The settings of `meaning` for a version, from its metadata."
+    classes = facts.get("classes")
+    return meaning(_mapping(facts.get("data")), facts.get("fingerprint"), classes if isinstance(classes, list) else [])
+
+def changed_meaning(then: dict, now: dict) -> list[str]:
+    "Descriptions of all differences; empty if the two can be compared."
+    changed = [name for name in {**now, **then} if then.get(name) != now.get(name)]
+    return [f"{name} {_show(name, then.get(name))} -> {_show(name, now.get(name))}" for name in changed]
+
+def _mapping(value) -> dict:
+    "The value if it is a mapping, else an empty mapping."
+    return value if isinstance(value, dict) else {}
+
+def _show(name: str, value) -> str:
+    return "not recorded" if value is None else str(value)[:12] if name == "features" else str(value)
 
 # %% ../nbs/10_store_records.ipynb #000c18d2
 MAX_HISTORY_BYTES = 2**25

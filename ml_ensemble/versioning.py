@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MODEL_FILE', 'METADATA_FILE', 'MAX_MODEL_BYTES', 'CHANGES', 'check_version', 'verify_bytes', 'read_metadata',
            'read_bytes', 'ModelStore', 'archived', 'read_archived', 'read_signed', 'read_pair', 'present_or_damaged',
-           'read_exact', 'write_store_file', 'check_reason', 'read_staged', 'read_history_file', 'remedy_for_damage']
+           'read_exact', 'production_changes', 'write_store_file', 'check_reason', 'read_staged', 'read_history_file',
+           'remedy_for_damage']
 
 # %% ../nbs/12_versioning.ipynb #e82b5469
 import fcntl
@@ -802,7 +803,7 @@ def _version_number(version: str) -> int:
     return int(version[9:])
 
 # %% ../nbs/12_versioning.ipynb #fba5fa8a
-def _production_changes(store: _StoreReader, from_history: bool = True) -> list[dict]:
+def production_changes(store: _StoreReader, from_history: bool = True) -> list[dict]:
     "Changes of production by rising sequence, from history, archive and production: sequence, version, kind, replaced."
     records = []
     for version in store.versions():
@@ -826,7 +827,7 @@ _RECENT_BYTES = 2**20    # about 5,000 events; the changes before them are in th
 def _versions_in_production(store: _StoreReader) -> list[str]:
     "Versions that were put into production and not withdrawn since, oldest first; the last one is in production."
     stack: list[str] = []
-    for change in _production_changes(store):
+    for change in production_changes(store):
         version, replaced = change.get("version"), change.get("replaced")
         if replaced and replaced not in stack[-1:]:                   # a change that is not recorded
             stack = _up_to(stack, replaced)
@@ -840,7 +841,7 @@ def _up_to(stack: list[str], version: str) -> list[str]:
 
 def _recorded_version(store: _StoreReader) -> str | None:
     "The version in production by the history; None if the history lacks the newest change, which may be a withdrawal."
-    recorded, changes = [change["sequence"] for change in _recorded_changes(store)], _production_changes(store)
+    recorded, changes = [change["sequence"] for change in _recorded_changes(store)], production_changes(store)
     return _versions_in_production(store)[-1] if recorded and max(recorded) == changes[-1]["sequence"] else None
 
 def _versions_before(store: _StoreReader, current: dict | None) -> list[str]:
@@ -901,7 +902,7 @@ def _new_metadata(store: ModelStore, metadata: dict, model: bytes, kind: str, cu
 
 def _next_sequence(store: ModelStore, current: dict | None) -> int:
     "One more than the highest sequence number in production, history and archive."
-    used = [change["sequence"] for change in _production_changes(store, from_history=not store.public_key)]
+    used = [change["sequence"] for change in production_changes(store, from_history=not store.public_key)]
     if store.public_key:
         used.append(read_mark(store.root, store.public_key)["sequence"])
     names = [] if current else store.versions()                 # their metadata may be damaged too
@@ -1325,7 +1326,7 @@ def _restore_pair(store: ModelStore) -> list[str]:
         return []                               # a rollback is a decision, not a repair
     if not version or current and metadata["sha256"] != current["sha256"]:
         return []
-    change = _production_changes(store)[-1]
+    change = production_changes(store)[-1]
     if not current and change["sequence"] != metadata["sequence"] and store.public_key:
         return []                               # the metadata of a rollback cannot be made anew without its signature
     write_store_file(store, store.production / MODEL_FILE, model)
@@ -1440,7 +1441,7 @@ def _verify_history(store: _StoreReader) -> list[str]:
         return [f"archive/history.jsonl: {error.strerror or error}"]
     events, faults = parse_history(data)
     recorded = {event["sequence"]: event for event in events if event["kind"] in CHANGES and "sequence" in event}
-    for change in _production_changes(store, from_history=False):
+    for change in production_changes(store, from_history=False):
         line = recorded.get(change["sequence"])
         if line is None:
             faults.append(f"the {change['kind']} {change['sequence']} of version {change['version']} is missing")
