@@ -627,6 +627,7 @@ def versions_command(
         table.add_row(*map(_plain, cells), style="bold" if row["state"] == "production" else "")
     _console().print(table if records else "No versions yet. Run `ml-ensemble retrain` to create the first one.")
 
+# %% ../nbs/53_cli.ipynb #b8f9b4b1
 @app.command("show")
 def show_command(context: typer.Context, version: Annotated[str | None, typer.Argument(
         help="A version. Default: the one in production.")] = None, as_json: _Json = False):

@@ -686,18 +686,23 @@ class ModelStore(_StoreReader):
             _check_inside(self, self.production, self.archive)
             return _recover(self)
 
-    def locked(self) -> AbstractContextManager[None]:
+    def locked(self, timeout: float = 60) -> AbstractContextManager[None]:
         """Lock of the store, which all methods that write use; released when the process ends.
+
+        Parameters
+        ----------
+        timeout : float, default 60
+            Seconds to wait.
 
         Returns
         -------
         contextlib.AbstractContextManager
-            Entering it waits up to 60 seconds. `promote`, `rollback` and `backup` may be called in the block.
+            A context manager that holds the lock. `promote`, `rollback` and `backup` may be called in the block.
 
         Raises
         ------
         StoreError
-            Another process has held the lock for 60 seconds.
+            Another process has held the lock for that time; the message names it.
         MissingExtraError
             The package filelock is not installed.
 
@@ -706,7 +711,7 @@ class ModelStore(_StoreReader):
         >>> with store.locked():
         ...     version = store.current()["version"]        # no promotion in between
         """
-        return _hold_lock(self)
+        return _hold_lock(self, timeout)
 
 # %% ../nbs/12_versioning.ipynb #dad88c3c
 def archived(store: _StoreReader, version: str) -> tuple[Path, Path]:
@@ -1362,16 +1367,16 @@ def _complete_history(store: ModelStore, current: dict) -> list[str]:
 
 # %% ../nbs/12_versioning.ipynb #18b6adb8
 @contextmanager
-def _hold_lock(store: ModelStore) -> Iterator[None]:
+def _hold_lock(store: ModelStore, timeout: float) -> Iterator[None]:
     "Hold the lock of a store; uses within each other are counted."
     with requires_extra():
         from filelock import FileLock, Timeout
     _make_folder(store.root)
-    store._lock = store._lock or FileLock(store.root / ".lock", timeout=60)
+    store._lock = store._lock or FileLock(store.root / ".lock")
     try:
-        store._lock.acquire()
+        store._lock.acquire(timeout=timeout)
     except Timeout:
-        raise StoreError(f"{_lock_holder(store)} has held the lock of {store.root} for 60 seconds",
+        raise StoreError(f"{_lock_holder(store)} has held the lock of {store.root} for {timeout:g} seconds",
                          "Wait until it has ended, or end it; the lock ends with its process.") from None
     try:
         _note_lock_holder(store)

@@ -105,7 +105,7 @@ class VersionDiff(MarkdownRepr):
     def rows(self) -> list[tuple[str, str, str]]:
         "Name, old and new value of each difference, as text."
         figures = [(name, _figure(old), _figure(new)) for name, (old, new) in self.metrics.items()]
-        return figures + [(name, _value(old), _value(new)) for name, (old, new) in self.changes.items()]
+        return figures + [(name, _shown_value(old), _shown_value(new)) for name, (old, new) in self.changes.items()]
 
     def _repr_markdown_(self) -> str:
         lines = [f"| | {self.old} | {self.new} |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in self.rows())]
@@ -118,7 +118,7 @@ def _figure(value) -> str:
         return "not recorded"
     return f"{value[0]:.4f}" + (f" ({value[1]:.4f} to {value[2]:.4f})" if None not in value[1:] else "")
 
-def _value(value) -> str:
+def _shown_value(value) -> str:
     return "not recorded" if value is None else f"{value:.10g}" if isinstance(value, float) else str(value)[:60]
 
 # %% ../nbs/47_versions.ipynb #39ad3dfc
