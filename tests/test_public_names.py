@@ -34,7 +34,10 @@ PUBLIC = {
         production_periods production_record
     """,
     "classifier": "EnsembleClassifier",
-    "cli": "app audit_command backup candles_command check cli_main export history predict retrain_command rollback run_command",
+    "cli": """
+        app audit_command backup candles_command check cli_main export history predict publish_command retrain_command rollback
+        run_command
+    """,
     "compiled_trees": "SplitGraph compiled_loop split_graph",
     "config": """
         AuditSettings DataSettings EnsembleSettings EvaluationSettings FeatureSettings GateSettings LabelSettings
@@ -98,6 +101,7 @@ PUBLIC = {
     "monitoring": "Diagnosis HealthCheck diagnose plot_recent plot_versions send_alert version_table",
     "onnx_export": "export_onnx load_with_custom to_full_onnx",
     "plot_style": "BLUE GREY GRID INK ORANGE class_colour date_axis new_axes style_axes",
+    "publishing": "ARTIFACT Publication PublishError plain_line publish",
     "quality_gate": "Criterion GateInput Verdict judge",
     "recipe": """
         blend_config blend_learners feature_manager fitting_options n_workers new_learners out_of_fold recipe_classes
