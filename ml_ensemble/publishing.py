@@ -260,7 +260,7 @@ def _is_pointer(git: _Git, blob: str) -> bool:
     return int(git.text("cat-file", "-s", blob)) < 1024 and git.run("cat-file", "blob", blob).stdout.startswith(_POINTER)
 
 # %% ../nbs/53_publishing.ipynb #53b00018
-def _changes(store: ModelStore) -> dict[int, dict]:
+def _store_changes(store: ModelStore) -> dict[int, dict]:
     "Promotions and rollbacks by sequence number, from history, archive and production."
     changes = {event["sequence"]: event for event in store.history()
                if event["kind"] in ("promotion", "rollback") and "sequence" in event and "version" in event}
@@ -353,7 +353,7 @@ def _check_artifact(name: str) -> str:
 
 # %% ../nbs/53_publishing.ipynb #53b00025
 @dataclass(frozen=True)
-class _Plan:
+class _PublicationPlan:
     """Commits and tags of a publication, as objects that no ref names yet."""
     old: str                                   # HEAD before
     tip: str                                   # what the commits are made on
@@ -368,7 +368,7 @@ class _Plan:
     def new(self) -> str:
         return self.commits[-1] if self.commits else self.tip
 
-def _merge(repository: _Repository, ours: dict[str, _Entry], base: str, tip: str) -> dict[str, _Entry]:
+def _entries_to_add(repository: _Repository, ours: dict[str, _Entry], base: str, tip: str) -> dict[str, _Entry]:
     "Our changes since `base` that `tip` lacks; PublishError if it changed one of the files to another content."
     if base == tip:
         return ours
@@ -433,7 +433,7 @@ def _promotion_entries(prefix: str, ours: Mapping[str, _Entry], version: str) ->
 
 # %% ../nbs/53_publishing.ipynb #53b00027
 @dataclass
-class _Draft:
+class _TagDraft:
     """Commits and tags while a plan is made."""
     repository: _Repository
     artifact: str
@@ -468,17 +468,18 @@ def _unix(at: str) -> int:
     return int((moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp())
 
 # %% ../nbs/53_publishing.ipynb #53b00029
-def _draft(repository: _Repository, store: ModelStore, artifact: str, tip: str, published: Mapping[str, _Tag]) -> _Plan:
+def _draft(repository: _Repository, store: ModelStore, artifact: str, tip: str, published: Mapping[str, _Tag]) -> _PublicationPlan:
     "Commits and tags for what the tip lacks."
     base = repository.git.lookup("merge-base", repository.head, tip)
     if not base:
         raise ConfigError(f"{repository.branch} and {repository.remote}/{repository.target} have no common commit",
                           "Fetch the whole history (`git fetch --unshallow`), or set the upstream of the branch.")
     with store.locked():                         # no promotion in between
-        ours, changes, metadata = _snapshot(repository, store, base), _changes(store), _archived_metadata(store)
+        ours, changes, metadata = _snapshot(repository, store, base), _store_changes(store), _archived_metadata(store)
         events, current = _new_events(repository, store, tip), present_or_damaged(store) or {}
-    todo = _merge(repository, ours, base, tip)
-    draft = _Draft(repository, artifact, tip, dict(published))
+    todo = _entries_to_add(repository, ours, base, tip)
+    _check_same_store(repository, current, published.get(_stage_tag(artifact, current.get("sequence", 0))))
+    draft = _TagDraft(repository, artifact, tip, dict(published))
     there, message = _production_at(repository, tip).get("sequence", 0), ""
     for sequence, change in changes.items():
         if sequence < there or _stage_tag(artifact, sequence) in published:
@@ -494,9 +495,16 @@ def _draft(repository: _Repository, store: ModelStore, artifact: str, tip: str, 
     if todo and not message:
         message = _message([event for event in events if event["kind"] not in ("promotion", "rollback")], current)
         draft.commits.append(_commit(repository, draft.newest, todo, message))
-    return _Plan(repository.head, tip, tuple(draft.commits), tuple(draft.tags), ours, tuple(sorted(todo)), message, tuple(draft.notes))
+    return _PublicationPlan(repository.head, tip, tuple(draft.commits), tuple(draft.tags), ours, tuple(sorted(todo)), message,
+                            tuple(draft.notes))
 
-def _add_intermediate(draft: _Draft, change: dict, todo: Mapping[str, _Entry], message: str) -> None:
+def _check_same_store(repository: _Repository, current: dict, tag: _Tag | None) -> None:
+    "PublishError if the number of the version in production was published with another model: by another store."
+    if tag and _production_at(repository, tag.commit).get("sha256") != current["sha256"]:
+        raise PublishError(f"the tag {tag.name} names another model: it was published from another store",
+                           "Give this store another name (`--name`), or restore models/ from git.")
+
+def _add_intermediate(draft: _TagDraft, change: dict, todo: Mapping[str, _Entry], message: str) -> None:
     "Add a change that is not the newest: a commit for a promotion whose pair is in the archive, tags for a rollback."
     entries = _promotion_entries(draft.repository.prefix, todo, change["version"]) if change["kind"] == "promotion" else {}
     if entries:
@@ -531,7 +539,7 @@ def _read_remote(repository: _Repository, artifact: str) -> tuple[str, set[str]]
 
 def _check_ahead(repository: _Repository, tip: str) -> None:
     "ConfigError for commits of the user that the remote lacks."
-    ahead = repository.git.text("rev-list", "--full-history", f"{tip}..{repository.head}", "--", ":(top).",
+    ahead = repository.git.text("rev-list", "--full-history", f"{tip}..{repository.head}", "--", ".",
                                 f":(top,exclude,literal){repository.prefix}").split()
     if ahead:
         raise ConfigError(f"{len(ahead)} commits of {repository.branch} are not on {repository.remote}, the newest is {ahead[0][:12]}",
@@ -542,7 +550,7 @@ def _check_ahead(repository: _Repository, tip: str) -> None:
 _STALE = ("(fetch first)", "(non-fast-forward)", "(already exists)", "(stale info)", "cannot lock ref", "reference already exists",
           "(failed to update ref)", "(incorrect old value provided)")
 
-def _push(repository: _Repository, plan: _Plan, store: ModelStore) -> bool:
+def _push(repository: _Repository, plan: _PublicationPlan, store: ModelStore) -> bool:
     "Push commits and tags at once; False if the remote has changed since it was read."
     _push_objects(repository, plan, store)
     branch = [f"{plan.new}:refs/heads/{repository.target}"] if plan.commits else []
@@ -557,7 +565,7 @@ def _push(repository: _Repository, plan: _Plan, store: ModelStore) -> bool:
     raise PublishError(f"the push to {repository.remote} failed: {plain_line(' | '.join(reasons), 300)} {_last_lines(done.stderr)}",
                        "Production is unchanged, and no tag was left; publish again. If the branch is protected, allow this user to push.")
 
-def _push_objects(repository: _Repository, plan: _Plan, store: ModelStore) -> None:
+def _push_objects(repository: _Repository, plan: _PublicationPlan, store: ModelStore) -> None:
     "Upload the objects of Git LFS, also in a clone without its pre-push hook."
     objects = []
     for path in plan.files:
@@ -574,7 +582,7 @@ def _starts_as_pointer(path: Path) -> bool:
         return file.read(len(_POINTER)) == _POINTER
 
 # %% ../nbs/53_publishing.ipynb #53b00034
-def _check_worktree(repository: _Repository, plan: _Plan) -> None:
+def _check_worktree(repository: _Repository, plan: _PublicationPlan) -> None:
     "PublishError if index and files could not follow, tried on a copy of the index."
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "index"
@@ -586,14 +594,14 @@ def _check_worktree(repository: _Repository, plan: _Plan) -> None:
         raise PublishError(f"the working tree cannot follow {repository.remote or repository.branch}: {_last_lines(done.stderr)}",
                            "Commit or stash these changes, and publish again.")
 
-def _follow(git: _Git, plan: _Plan, *words: str) -> subprocess.CompletedProcess:
+def _follow(git: _Git, plan: _PublicationPlan, *words: str) -> subprocess.CompletedProcess:
     "Bring index and files from the old to the new commit; files of the store have the new content."
     lines = "".join(f"{mode} {blob}\t{path}\0" for path, (mode, blob) in plan.entries.items())
     git.run("update-index", "-q", "--refresh")
     done = git.run("update-index", "-z", "--index-info", data=os.fsencode(lines))
     return done if done.returncode else git.run("read-tree", "-m", "-u", *words, plan.old, plan.new)
 
-def _move_refs(repository: _Repository, plan: _Plan) -> str:
+def _move_refs(repository: _Repository, plan: _PublicationPlan) -> str:
     "Move branch and tags in one transaction, then index and files; returns a description of what failed."
     lines = ["start", f"update refs/heads/{repository.branch} {plan.new} {plan.old}",
              *(f"update refs/tags/{tag.name} {tag.object}" for tag in plan.tags), "prepare", "commit", ""]
@@ -684,7 +692,7 @@ def publish(store: ModelStore, *, push: bool = True, dry_run: bool = False, arti
     repository = _open_repository(store, push, seconds)
     _check_artifact(artifact)
     if dry_run:
-        return _show_plan(repository, store, artifact)
+        return _dry_run(repository, store, artifact)
     with _publishing_alone(repository):
         for _ in range(_ATTEMPTS):
             if (result := _publish_once(repository, store, artifact)) is not None:
@@ -715,7 +723,7 @@ def _publish_once(repository: _Repository, store: ModelStore, artifact: str) -> 
         plan = replace(plan, notes=(*plan.notes, note))
     return _result(repository, plan, "published" if plan.commits or plan.tags else "nothing to publish")
 
-def _show_plan(repository: _Repository, store: ModelStore, artifact: str) -> Publication:
+def _dry_run(repository: _Repository, store: ModelStore, artifact: str) -> Publication:
     "What would be published on HEAD; its objects are written to a folder that is removed."
     with tempfile.TemporaryDirectory() as folder:
         objects = repository.git.text("rev-parse", "--path-format=absolute", "--git-path", "objects")
@@ -724,7 +732,8 @@ def _show_plan(repository: _Repository, store: ModelStore, artifact: str) -> Pub
         plan = _draft(replace(repository, git=git, hooks=False), store, artifact, repository.head, local)
     return replace(_result(repository, plan, "dry run"), pushed=False)
 
-def _result(repository: _Repository, plan: _Plan, status: str) -> Publication:
+# %% ../nbs/53_publishing.ipynb #53b00050
+def _result(repository: _Repository, plan: _PublicationPlan, status: str) -> Publication:
     notes = [*plan.notes, *([] if repository.remote else ["it was not pushed: no remote, or as requested"])]
     plain = [path for path in plan.files if path.endswith(".pkl")]
     if plain and _filters(repository.git, plain[:1]).get(plain[0]) != "lfs":

@@ -422,6 +422,17 @@ def test_another_change_of_the_same_store_is_a_conflict_and_changes_nothing(here
     assert "ml-ensemble@v1.0.0" in tags(remote) and git(remote, "show", "main:models/production/production_ensemble.pkl") == "another model"
 
 
+def test_a_new_store_with_the_numbers_of_an_older_one_is_not_published_under_its_tags(here, command, remote):
+    publish(here.store)
+    shutil.rmtree(here.store.root)
+    here.store.promote(b"begun again", GATE)
+    before = state(here.folder, remote)
+    done = command()
+    assert done.code == 1 and "was published from another store" in done.err and state(here.folder, remote) == before
+    assert command("--name", "second").code == 0
+    assert [tag for tag in tags(remote) if "second" in tag] == ["second@v1.0.0", "second#production#1"]
+
+
 def test_changes_of_the_user_are_not_overwritten_by_what_others_have_pushed(here, clone, command, remote):
     _push_code(clone("other"), "a = 5\n")
     (here.folder / "code.py").write_text("my work\n")
@@ -455,7 +466,7 @@ def test_a_partial_clone_as_in_the_workflow_publishes(clone, remote):
 @pytest.fixture
 def lfs(remote, clone):
     """Clones of a repository that keeps models in Git LFS."""
-    assert shutil.which("git-lfs"), "git-lfs is not installed: apt-get install git-lfs (README, section Start)"
+    assert shutil.which("git-lfs"), "git-lfs is not installed: run `apt-get install git-lfs`, as the README says"
     first = clone("lfs-first")
     shutil.copy(ROOT / ".gitattributes", first)
     git(first, "add", ".gitattributes")
