@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from .core import ConfigError, StoreError, requires_extra, shorten
+from .core import ConfigError, MarkdownRepr, StoreError, requires_extra, shorten
 from .store_records import parse_history, parse_metadata
 from .versioning import METADATA_FILE, MODEL_FILE, ModelStore, present_or_damaged
 
@@ -614,8 +614,8 @@ def _move_refs(repository: _Repository, plan: _PublicationPlan) -> str:
     return ""
 
 # %% ../nbs/53_publishing.ipynb #53b00036
-@dataclass(frozen=True)
-class Publication:
+@dataclass(frozen=True, repr=False)
+class Publication(MarkdownRepr):
     """What was published.
 
     Attributes
