@@ -35,8 +35,8 @@ PUBLIC = {
     "classifier": "EnsembleClassifier",
     "cli": """
         app audit_command backup candles_command check cli_main diff_command export history keygen_command
-        pin_command predict promote_command prune_command restore_command retrain_command rollback run_command
-        show_command unpin_command verify_command versions_command
+        pin_command predict promote_command prune_command publish_command restore_command retrain_command rollback
+        run_command show_command unpin_command verify_command versions_command
     """,
     "compiled_trees": "SplitGraph compiled_loop split_graph",
     "config": """
@@ -102,6 +102,7 @@ PUBLIC = {
     "monitoring": "Diagnosis HealthCheck diagnose plot_recent send_alert",
     "onnx_export": "export_onnx load_with_custom to_full_onnx",
     "plot_style": "BLUE GREY GRID INK ORANGE class_colour date_axis new_axes style_axes",
+    "publishing": "ARTIFACT Publication PublishError plain_line publish",
     "quality_gate": "Criterion GateInput Verdict judge",
     "recipe": """
         blend_config blend_learners feature_manager fitting_options n_workers new_learners out_of_fold recipe_classes
