@@ -21,6 +21,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from .core import ConfigError, MarkdownRepr, StoreError, requires_extra, shorten
+
+with requires_extra():
+    from filelock import FileLock, Timeout
+
 from .store_records import parse_history, parse_metadata
 from .versioning import METADATA_FILE, MODEL_FILE, ModelStore, present_or_damaged
 
@@ -745,8 +749,6 @@ def _result(repository: _Repository, plan: _PublicationPlan, status: str) -> Pub
 @contextmanager
 def _publishing_alone(repository: _Repository) -> Iterator[None]:
     "One publication of a clone at a time."
-    with requires_extra():
-        from filelock import FileLock, Timeout
     lock = FileLock(repository.folder / "ml-ensemble-publish.lock", timeout=60)
     try:
         lock.acquire()

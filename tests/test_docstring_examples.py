@@ -71,6 +71,8 @@ FRONT_DOORS = (
     ("live", "unfinished_bar"),
     ("market_data", "load_candles"),
     ("retraining", "retrain"),
+    ("publishing", "publish"),
+    ("publishing", "plain_line"),
     *(("labels", name) for name in (
         "next_returns", "forward_return_labels", "triple_barrier_labels", "average_uniqueness", "make_labels")),
     *(("validation", name) for name in (

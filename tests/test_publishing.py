@@ -274,7 +274,7 @@ def test_ssh_asks_nothing(here, tmp_path, monkeypatch):
 # --- set-up that is wrong: exit code 2, nothing was tried -------------------------------------------------------------
 
 def _no_user(folder):
-    Path(os.environ["GIT_CONFIG_GLOBAL"]).write_text("")
+    Path(os.environ["GIT_CONFIG_GLOBAL"]).write_text("[user]\nemail = person@example.invalid\n")     # git would guess the name
 
 
 def _rebase(folder):
@@ -449,7 +449,7 @@ def test_a_clone_that_could_not_follow_after_the_push_follows_at_the_next_public
     done = command()
     assert done.code == 0 and "could not follow" in done.out and len(tags(remote)) == 2
     hook.unlink()
-    assert command().code == 0
+    assert "Nothing to publish" in command().out and git(remote, "rev-list", "--count", "main") == "2"
     assert git(here.folder, "rev-parse", "HEAD") == git(remote, "rev-parse", "main") and git(here.folder, "status", "--porcelain") == ""
 
 
@@ -538,9 +538,9 @@ def test_a_weekly_job_with_production_alone_promotes_and_publishes_and_a_full_cl
     git(full.root.parent, "lfs", "fsck")
 
 
-def test_a_clone_without_the_hook_of_git_lfs_still_uploads_the_objects(lfs, remote):
-    folder = lfs("bare-hooks")
-    shutil.rmtree(folder / ".git" / "hooks")
+def test_a_clone_with_a_pre_push_hook_of_its_own_instead_of_that_of_git_lfs_still_uploads_the_objects(lfs, remote):
+    folder = lfs("own-hook")
+    write_hook(folder / ".git", "pre-push", "exit 0")
     store = ModelStore(folder / "models")
     store.promote(model_bytes(0), GATE)
     publish(store)
