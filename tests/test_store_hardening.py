@@ -262,7 +262,7 @@ def test_malformed_metadata_is_a_named_error_and_the_archived_copy_serves(store)
             store.current()
         assert len(str(caught.value)) < 3000 and (field is None or field.split(".")[0] in caught.value.problem), name
         assert quiet_read(store)[1] == MODEL, name
-        assert time.perf_counter() - start < 2, name
+        assert time.perf_counter() - start < 20, name
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2_000_000            # of the whole test process, in KB
 
 
