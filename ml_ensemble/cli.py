@@ -10,6 +10,7 @@ __all__ = ['app', 'run_command', 'cli_main', 'retrain_command', 'candles_command
 
 # %% ../nbs/54_cli.ipynb #d27af15f
 import contextlib
+import errno
 import io
 import json
 import os
@@ -19,6 +20,7 @@ import stat
 import sys
 import traceback
 import unicodedata
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,8 +28,8 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 
-from .core import (ConfigError, MissingExtraError, MLEnsembleError, StoreError, readable_json, requires_extra,
-                              shorten, utc_now, write_atomic)
+from .core import (ConfigError, MissingExtraError, MLEnsembleError, StoreError, models_dir, readable_json,
+                              requires_extra, shorten, utc_now, write_atomic)
 
 with requires_extra():
     import typer
@@ -36,7 +38,7 @@ with requires_extra():
     from rich.table import Table
 
 from .store_records import changed_meaning, decision_settings
-from .versioning import ModelStore, archived, present_or_damaged, read_staged
+from .versioning import ModelStore, archived, present_or_damaged, read_history_file, read_staged
 
 # %% ../nbs/54_cli.ipynb #1ec4586d
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -69,7 +71,7 @@ def _stderr() -> Console:
 
 def _plain(text: str) -> str:
     "Text as markup of itself; control characters other than a new line are escaped."
-    return escape("".join(c if c == "\n" or unicodedata.category(c) not in ("Cc", "Cs")
+    return escape("".join(c if c == "\n" or unicodedata.category(c) not in ("Cc", "Cs", "Cf")
                           else c.encode("unicode_escape").decode() for c in text))
 
 def _print_document(text: str) -> None:
@@ -97,7 +99,10 @@ class _Run:
     @property
     def store(self) -> ModelStore:
         "The one store of this call."
-        self._store = self._store or ModelStore()
+        if self._store is None:
+            self._store = ModelStore()
+            if self._store.root.exists() and not self._store.root.is_dir():
+                raise ConfigError(f"the model store {self._store.root} is not a folder", "Set ML_ENSEMBLE_MODELS to its folder.")
         return self._store
 
     @property
@@ -145,9 +150,21 @@ def _ending(error: BaseException) -> _Ending:
         return _Ending(MLEnsembleError("interrupted", _AGAIN), _INTERRUPTED)
     if _pipe_closed(error):
         return _Ending(MLEnsembleError("the reader of the output closed it", _AGAIN), _CLOSED)
-    where = "" if isinstance(error, OSError) else (" `python -P -X dev -m ml_ensemble.cli` with the same arguments shows "
+    if isinstance(error, OSError):
+        return _Ending(MLEnsembleError(*_explain_os_error(error)), _FAILED)
+    where = (" `python -P -X dev -m ml_ensemble.cli` with the same arguments shows "
                                                    "where it happened.")
     return _Ending(MLEnsembleError(f"{type(error).__name__}: {error}", f"{_AGAIN}{where}"), _FAILED)
+
+def _explain_os_error(error: OSError) -> tuple[str, str]:
+    "Problem and remedy of an error of the operating system."
+    where = f"{error.filename}: " if error.filename else ""
+    remedies = {errno.ENOSPC: "Free some space on the disk", errno.EDQUOT: "Free some space on the disk",
+                errno.EACCES: "Run it as a user who may write there", errno.EPERM: "Run it as a user who may write there",
+                errno.EROFS: "The disk is read-only"}
+    remedy = remedies.get(error.errno or 0, "Remove the cause")
+    return (f"{where}{error.strerror or error} ({type(error).__name__})",
+            f"Production was not changed. {remedy}, then run the command again.")
 
 def _ending_after(change: dict, error: BaseException) -> _Ending:
     "Message and exit code of an exception after production was changed."
@@ -225,6 +242,7 @@ def _conclude(run: _Run, error: BaseException, as_json: bool, leave: Callable[[]
             traceback.print_exception(error)
     return _report(_ending_after(run.changed, error) if run.changed else _ending(error), as_json and not run.printing)
 
+# %% ../nbs/54_cli.ipynb #29d4d2ab
 def _ignore_signals() -> None:
     "Ignore Ctrl-C and SIGTERM from here on: the exit code is decided."
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -243,10 +261,16 @@ def _prepare_streams() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    "Print a warning without the place in the code."
+    with contextlib.suppress(OSError, ValueError):
+        _stderr().print(f"[yellow]Warning:[/] {_plain(str(message))}")
+
 def cli_main() -> None:
     "The command `ml-ensemble`; its entry point is `entry_point.main`, which reports a missing extra."
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # handle a cancelled job like Ctrl-C
     _prepare_streams()
+    warnings.showwarning = _show_warning
     sys.exit(run_command("--json" in sys.argv, _ignore_signals))
 
 # %% ../nbs/54_cli.ipynb #53a00010
@@ -288,6 +312,13 @@ def _version_argument(store: ModelStore, version: str | None, option: str) -> st
     return version
 
 # %% ../nbs/54_cli.ipynb #53a00011
+def _models_folder() -> Path:
+    "The folder of the store, after symbolic links; a path that does not exist if there is none."
+    try:
+        return models_dir().resolve()
+    except (ConfigError, OSError, RuntimeError):
+        return Path("/nonexistent")
+
 def _check_output(path: Path) -> Path:
     "The file to write, after symbolic links; ConfigError if it is no regular file, or its folder does not exist."
     try:
@@ -299,6 +330,10 @@ def _check_output(path: Path) -> Path:
     if mode is not None and not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
         raise ConfigError(f"{target} is {kind}", "Name a regular file.")
+    if target.is_relative_to(_models_folder()):
+        raise ConfigError(f"{target} is in the model store", "Name a file outside of it: the store writes its files itself.")
+    if path.name == "-":
+        raise ConfigError("- is not the name of a file", "Name a file; standard output is no place for it.")
     if not has_folder:
         raise ConfigError(f"the folder {target.parent} does not exist", "Create it, or name a file in another one.")
     if not os.access(target.parent, os.W_OK | os.X_OK):
@@ -557,12 +592,15 @@ def history(
 ):
     "List the events of the store: promotions, rollbacks, refusals, failures."
     store = _store_of(context)
-    events = store.history()[-limit:]
+    events, faults = read_history_file(store)
+    events = events[-limit:]
+    if faults:
+        _stderr().print(f"[yellow]Warning:[/] {len(faults):,} lines of the history cannot be read, the first: {_plain(faults[0])}")
     current = (present_or_damaged(store) or {}).get("sequence")
     if as_json:
         print(readable_json({"current_sequence": current, "versions": store.versions(), "events": events}), end="")
     elif not events:
-        _console().print("No events yet. Run `ml-ensemble retrain` to create the first version.")
+        _console().print("No event can be read." if faults else "No events yet. Run `ml-ensemble retrain` to create the first version.")
     else:
         arrow, table = _glyphs("▶", ">"), Table("", "time", "event", "version", "sequence", "reason")
         for event in events:
@@ -580,9 +618,9 @@ def rollback(
     as_json: _Json = False,
 ):
     "Restore an archived version to production, after loading it in a fresh process."
-    from ml_ensemble.training import verify_version
     reason, store = _check_reason(reason), _store_of(context)
     to = _version_argument(store, to, "--to")
+    from ml_ensemble.training import verify_version
     facts = store.rollback(reason, to, verify=partial(verify_version, custom=_configure_store(store)))
     _report_change(facts, "back in production", as_json)
 

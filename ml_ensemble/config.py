@@ -7,7 +7,7 @@ __all__ = ['Section', 'DataSettings', 'FeatureSettings', 'LabelSettings', 'Valid
            'LightGBMSettings', 'XGBoostSettings', 'RandomForestSettings', 'LearnersSettings', 'WeightSettings',
            'EnsembleSettings', 'TradingSettings', 'TrainingSettings', 'AuditSettings', 'EvaluationSettings',
            'GateSettings', 'ProductionSettings', 'Settings', 'leaf_paths', 'core_tree', 'expand_override',
-           'load_settings', 'set_policy']
+           'load_settings', 'feature_manager', 'set_policy']
 
 # %% ../nbs/21_config.ipynb #9382d4ca
 import os
@@ -26,6 +26,8 @@ with requires_extra():
     from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
     from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
 
+from .custom_features import load_custom
+from .feature_manager import FeatureManager
 from .learner_parameters import learners_with, own_name, own_names
 from .versioning import ModelStore
 
@@ -517,6 +519,10 @@ def load_settings(overrides: list[str] | tuple[str, ...] = ()) -> Settings:
                           "Write lists and nested values of environment variables as JSON: [\"sort\"].") from error
 
 # %% ../nbs/21_config.ipynb #8479597b
+def feature_manager(settings: Settings) -> FeatureManager:
+    "The configured feature manager: calendar and custom features."
+    return FeatureManager(settings.data.calendar, [load_custom(reference) for reference in settings.features.custom])
+
 def set_policy(store: ModelStore, settings: Settings) -> None:
     "Set the numbers of versions, months and backups that a store keeps, and the days for which a signature is valid."
     for name in ("keep_versions", "keep_months", "keep_backups", "signature_days"):

@@ -8,6 +8,7 @@ __all__ = ['send_alert', 'HealthCheck', 'Diagnosis', 'diagnose', 'plot_recent']
 # %% ../nbs/50_monitoring.ipynb #69aa88f4
 import logging
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta, timezone
@@ -22,19 +23,21 @@ with requires_extra():
     import pandas as pd
     from matplotlib.figure import Figure
 
-from .config import Settings, load_settings
-from .recipe import feature_manager
+from .config import Settings, feature_manager, load_settings
 from .ensemble import ProductionEnsemble
 from .feature_manager import check_order_file
 from .plot_style import BLUE, GREY, date_axis, style_axes
 from .signing import key_id
 from .store_records import MAX_METADATA_BYTES, parse_json
-from .versioning import ModelStore, read_history_file, remedy_for_damage
+from .versioning import ModelStore, put_back, read_history_file, remedy_for_damage
 
 # %% ../nbs/50_monitoring.ipynb #0693fc02
+_SEPARATOR = re.compile(r"[\s]+,?\s*|,(?=\s*[A-Za-z][\w+.-]*://)")       # a comma within a URL separates nothing
+
 def send_alert(title: str, body: str, kind: str = "info") -> bool:
     "Send an alert to every URL in `ML_ENSEMBLE_ALERT_URLS`; True if all deliveries succeed, False also without a URL."
-    urls = os.environ.get("ML_ENSEMBLE_ALERT_URLS", "").split()
+    urls = _SEPARATOR.split(os.environ.get("ML_ENSEMBLE_ALERT_URLS", "").strip(" ,\n\t"))
+    urls = [url for url in urls if url]
     if not urls:
         return False
     reasons = {number: reason for number, url in enumerate(urls, 1)
@@ -221,6 +224,18 @@ def _check_signature(store: ModelStore) -> HealthCheck:
     return HealthCheck("signature", "ok", "unsigned: hashes detect damage, but whoever can write the store can replace the model "
                        "(`ml-ensemble keygen`, SECURITY.md)")
 
+def _check_store(store: ModelStore) -> list[HealthCheck]:
+    "Check the order of changes, the lock, and every other file of the store."
+    checks, lock = [], store.root / ".lock"
+    if put := put_back(store):
+        checks.append(HealthCheck("order", "fault", put, 'Run `ml-ensemble rollback --reason "..." --to VERSION` with the version '
+                                  "that has to trade; `ml-ensemble history` shows the changes."))
+    if (lock.exists() or lock.is_symlink()) and (lock.is_symlink() or not lock.is_file()):
+        checks.append(HealthCheck("lock", "fault", f"{lock} is no regular file: no change is possible", f"Remove {lock}."))
+    findings = [text for text in store.verify() if text != put and not text.startswith("production/")]
+    seen = f"{len(findings)} faults, the first: {findings[0]}" if findings else "every file is intact"
+    return [*checks, HealthCheck("store", "warning" if findings else "ok", seen, "Run `ml-ensemble verify`." if findings else "")]
+
 def _repair(store: ModelStore) -> HealthCheck:
     "Repair the store."
     try:
@@ -249,7 +264,7 @@ def diagnose(store: ModelStore | None = None, *, repair: bool = False) -> Diagno
     findings += [configuration, production]
     if model and settings:
         findings += _check_facts(model.get_model_info(), settings, store.clock())
-    findings += [_check_verdict(store), _check_history(store), _check_signature(store)]
+    findings += [_check_verdict(store), _check_history(store), _check_signature(store), *_check_store(store)]
     if model:
         findings += _check_training(store, model.get_model_info()["version"])
     if settings:

@@ -113,7 +113,7 @@ def key_id(public: str) -> str:
     return sha256_hex(public)[:16]
 
 # %% ../nbs/11_signing.ipynb #ee97ac30
-def _message(metadata: dict) -> bytes:
+def _signed_message(metadata: dict) -> bytes:
     "What is signed: the metadata without its signature, after a line that says what it is."
     content = {name: value for name, value in metadata.items() if name != "signature"}
     return b"ml_ensemble metadata 1\n" + canonical_json(content).encode()
@@ -146,7 +146,7 @@ def sign_metadata(metadata: dict, key: str | Path, now: datetime, valid_days: fl
     """
     private = _read_private(key)
     dated = {**metadata, "expires_at": iso(now + timedelta(days=valid_days))}
-    value = base64.b64encode(private.sign(_message(dated))).decode()
+    value = base64.b64encode(private.sign(_signed_message(dated))).decode()
     return {**dated, "signature": {"key": key_id(public_text(private.public_key())), "value": value}}
 
 def check_signature(metadata: dict, public: str, now: datetime | None = None) -> None:
@@ -176,7 +176,7 @@ def check_signature(metadata: dict, public: str, now: datetime | None = None) ->
     key = _load_public(public)
     from cryptography.exceptions import InvalidSignature
     try:
-        key.verify(base64.b64decode(str(signature.get("value")), validate=True), _message(metadata))
+        key.verify(base64.b64decode(str(signature.get("value")), validate=True), _signed_message(metadata))
     except (InvalidSignature, ValueError):
         raise SignatureError(f"the metadata of version {version} does not match its signature", remedy) from None
     expires = str(metadata.get("expires_at"))

@@ -47,10 +47,15 @@ def parse_json(data: bytes) -> object:
     """
     try:
         value = _DECODER.decode(data.decode())
+    except UnicodeDecodeError:
+        raise ValueError("it is not text in UTF-8") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if b"\\u" in data:                              # the only way to write a lone surrogate in UTF-8
-        json.dumps(value, ensure_ascii=False).encode()
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a text contains a lone surrogate") from None
     return value
 
 def _refuse_constant(name: str):
@@ -236,6 +241,8 @@ def parse_history(data: bytes, *, complete: bool = True) -> tuple[list[dict], li
     ['line 2: at is 5, not a time in ISO 8601, in the years 1970 to 2261']
     """
     events, faults = [], []
+    if not complete and b"\n" not in data:
+        return [], [f"the last {len(data):,} bytes contain no line"]
     for number, line in enumerate(io.BytesIO(data), 1):
         if number == 1 and not complete or not line.strip():
             continue

@@ -6,7 +6,7 @@
 __all__ = ['MODEL_FILE', 'METADATA_FILE', 'MAX_MODEL_BYTES', 'CHANGES', 'check_version', 'verify_bytes', 'read_metadata',
            'read_bytes', 'ModelStore', 'archived', 'read_archived', 'read_signed', 'read_pair', 'present_or_damaged',
            'read_exact', 'production_changes', 'write_store_file', 'check_reason', 'read_staged', 'read_history_file',
-           'remedy_for_damage']
+           'put_back', 'remedy_for_damage']
 
 # %% ../nbs/12_versioning.ipynb #e82b5469
 import fcntl
@@ -27,8 +27,8 @@ from secrets import token_hex
 from typing import Any, NoReturn
 from warnings import warn
 
-from .core import (IntegrityError, LFSPointerError, MLEnsembleError, ModelNotFoundError, StaleStoreError,
-                              StoreError, iso, models_dir, read_regular, readable_json, requires_extra, sha256_hex,
+from .core import (ConfigError, IntegrityError, LFSPointerError, MLEnsembleError, ModelNotFoundError, StaleStoreError,
+                              StoreError, check_replaceable, iso, models_dir, read_regular, readable_json, requires_extra, sha256_hex,
                               shorten, sync_directory, utc_now, version_id, write_atomic)
 from .signing import check_mark, check_signature, raise_mark, read_mark, sign_metadata
 from .signing import public_key as load_public_key
@@ -1135,10 +1135,11 @@ def _read_before(store: ModelStore, current: dict | None) -> tuple[dict, bytes]:
     _no_version_before(store, before, current)
 
 def _no_version_before(store: ModelStore, before: list[str], current: dict | None) -> NoReturn:
-    present, others = current and current["version"], [name for name in store.versions() if name not in before]
+    present = current["version"] if current else None
+    others = [name for name in store.versions() if name not in (*before, present)]
     problem = (f"the archived files of {' and '.join(before)} are damaged" if before else
                f"no version in the archive was in production before {present or 'the damaged one'}")
-    raise ModelNotFoundError(problem, f"Name one with --to, of {', '.join(others[-5:])}." if others != [present] and others
+    raise ModelNotFoundError(problem, f"Name one with --to, of {', '.join(others[-5:])}." if others
                              else "Run `ml-ensemble retrain` to train another one.")
 
 # %% ../nbs/12_versioning.ipynb #dbbebe57
@@ -1282,7 +1283,7 @@ def _without_surrogates(value):
 # %% ../nbs/12_versioning.ipynb #441b7a82
 def _recover(store: ModelStore) -> list[str]:
     "Complete or undo a change that was cut off, and restore damaged files from the archive; returns what was done."
-    done = _remove_leftovers(store)
+    done = _remove_leftovers(store) + _set_aside(store)
     if (store.production / METADATA_FILE).exists() or _versions_in_production(store):
         done += _restore_pair(store)
     elif (store.production / MODEL_FILE).exists():
@@ -1293,6 +1294,20 @@ def _recover(store: ModelStore) -> list[str]:
         done += _complete_archive(store, current) + _complete_history(store, current)
     return done
 
+def _set_aside(store: ModelStore) -> list[str]:
+    "Move what is in the place of a production file but cannot be one, such as a folder or a named pipe, out of the way."
+    done = []
+    for name in (MODEL_FILE, METADATA_FILE):
+        path = store.production / name
+        try:
+            check_replaceable(path)
+        except ConfigError:
+            target = store.root / f"displaced_{name}_{token_hex(4)}"
+            os.replace(path, target)
+            done.append(f"moved production/{name}, which is no regular file, to {target.name}")
+    return done
+
+# %% ../nbs/12_versioning.ipynb #dc57bc15
 def _recover_or_warn(store: ModelStore) -> None:
     "Repair before a change; what cannot be repaired does not prevent the change."
     try:
@@ -1375,9 +1390,12 @@ def _hold_lock(store: ModelStore, timeout: float) -> Iterator[None]:
     store._lock = store._lock or FileLock(store.root / ".lock")
     try:
         store._lock.acquire(timeout=timeout)
-    except Timeout:
-        raise StoreError(f"{_lock_holder(store)} has held the lock of {store.root} for {timeout:g} seconds",
-                         "Wait until it has ended, or end it; the lock ends with its process.") from None
+    except OSError as error:
+        if isinstance(error, Timeout):
+            raise StoreError(f"{_lock_holder(store)} has held the lock of {store.root} for {timeout:g} seconds",
+                             "Wait until it has ended, or end it; the lock ends with its process.") from None
+        raise StoreError(f"the lock {store.root / '.lock'} cannot be used ({error.strerror or error})",
+                         "It has to be a file that this user can write; remove what is in its place.") from error
     try:
         _note_lock_holder(store)
         yield
@@ -1404,13 +1422,23 @@ def _lock_holder(store: ModelStore) -> str:
 # %% ../nbs/12_versioning.ipynb #6b715286
 def _verify_store(store: _StoreReader) -> list[str]:
     "One sentence for each fault."
-    findings = _verify_pairs(store) + _verify_history(store) + _verify_training(store)
+    findings = [text for text in (put_back(store),) if text]
+    findings += _verify_pairs(store) + _verify_history(store) + _verify_training(store)
     try:
         if unknown := sorted(set(store.pins()) - set(store.versions())):
             findings.append(f"archive/pinned.json names {', '.join(unknown)}, not in the archive")
     except IntegrityError as error:
         findings.append(error.problem)
     return findings
+
+def put_back(store: _StoreReader) -> str:
+    "Sentence if the metadata in production is older than the newest recorded change; empty if it is not."
+    current, changes = present_or_damaged(store), production_changes(store)
+    if not current or not changes or current["sequence"] >= changes[-1]["sequence"]:
+        return ""
+    newest = changes[-1]
+    return (f"production has the sequence {current['sequence']} (version {current['version']}), but the newest recorded change is "
+            f"the {newest['kind']} {newest['sequence']} to version {newest.get('version')}: an older version was put back by hand")
 
 def _verify_pairs(store: _StoreReader) -> list[str]:
     "Faults of metadata and models: production, archive, staged versions and backups."

@@ -91,3 +91,12 @@ def test_the_log_of_the_library_does_not_show_a_url(server, monkeypatch, caplog)
     alert(monkeypatch, f"json://SECRET@localhost:{closed_port()}/", "secretscheme://SECRET", "json://[SECRET")
     assert not [record for record in caplog.records if record.name.startswith("apprise")]
     assert logging.getLogger("apprise").level == logging.NOTSET
+
+
+@pytest.mark.parametrize("separator", [" ", ",", ", ", "\n", "  ,  "])
+def test_urls_are_separated_by_spaces_or_commas(server, monkeypatch, separator):
+    good = f"json://localhost:{server.server_port}/"
+    monkeypatch.setenv("ML_ENSEMBLE_ALERT_URLS", separator.join([good, "nonsense://x", good + "?to=a,b"]))
+    with pytest.warns(RuntimeWarning, match="1 of 3 receivers"):
+        assert not send_alert("title", "text", "failure")
+    assert len(server.received) == 2

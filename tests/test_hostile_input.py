@@ -388,3 +388,16 @@ def test_no_module_of_the_working_directory_runs_in_a_retrain(shadowed):
     assert done.returncode == 0, done.stderr[-3000:]
     assert not (shadowed.parent / "ran").exists(), (shadowed.parent / "ran").read_text()
     assert (shadowed.parent / "imported").exists()                # declared in the configuration, found in the project folder
+
+
+@pytest.mark.parametrize("words", [["export", "--output"], ["candles", "sandbox", "--to"], ["versions", "--plot"], ["keygen"]])
+def test_no_output_goes_into_the_model_store(call, store, monkeypatch, words):
+    monkeypatch.setenv("ML_ENSEMBLE_MODELS", str(store.root))
+    store.promote(restore_ensemble(hand_made_payload()).to_bytes(), {"created_at": "2025-01-01T00:00:00Z"})
+    before = {path: path.read_bytes() for path in store.root.rglob("*") if path.is_file()}
+    for name in ("production/production_ensemble.pkl", "archive/new.csv", "archive/new.png"):
+        if words[0] == "versions" and not name.endswith("png"):
+            continue
+        done = call(*words, str(store.root / name))
+        assert done.code == 2 and "is in the model store" in done.text
+    assert {path: path.read_bytes() for path in store.root.rglob("*") if path.is_file()} == before

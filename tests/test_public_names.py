@@ -43,7 +43,7 @@ PUBLIC = {
         AuditSettings DataSettings EnsembleSettings EvaluationSettings FeatureSettings GateSettings LabelSettings
         LearnerSettings LearnersSettings LightGBMSettings ProductionSettings RandomForestSettings Section Settings
         TradingSettings TrainingSettings ValidationSettings WeightSettings XGBoostSettings core_tree expand_override
-        leaf_paths load_settings set_policy
+        feature_manager leaf_paths load_settings set_policy
     """,
     "core": """
         AmbiguousDataError ChangedMeaningError ColumnTypeError ConfigError DataError DuplicateError EmptyDataError
@@ -105,8 +105,8 @@ PUBLIC = {
     "publishing": "ARTIFACT Publication PublishError plain_line publish",
     "quality_gate": "Criterion GateInput Verdict judge",
     "recipe": """
-        blend_config blend_learners feature_manager fitting_options n_workers new_learners out_of_fold recipe_classes
-        recipe_labels recipe_splitter threshold_objective training_set
+        blend_config blend_learners fitting_options n_workers new_learners out_of_fold recipe_classes recipe_labels
+        recipe_splitter threshold_objective training_set
     """,
     "retraining": """
         Candidate LabelEconomics NO_NEW_BARS RetrainResult STAGED blend_table champion_recipe check_first_fold
@@ -135,8 +135,8 @@ PUBLIC = {
     "validation": "CombinatorialPurgedSplit PurgedWalkForward assemble_paths block_edges index_ns walk_forward_splits",
     "versioning": """
         CHANGES MAX_MODEL_BYTES METADATA_FILE MODEL_FILE ModelStore archived check_reason check_version
-        present_or_damaged production_changes read_archived read_bytes read_exact read_history_file read_metadata
-        read_pair read_signed read_staged remedy_for_damage verify_bytes write_store_file
+        present_or_damaged production_changes put_back read_archived read_bytes read_exact read_history_file
+        read_metadata read_pair read_signed read_staged remedy_for_damage verify_bytes write_store_file
     """,
     "versions": "VersionDiff diff_versions plot_versions version_table",
     "walk_forward": """
