@@ -154,17 +154,6 @@ def _open_repository(store: ModelStore, push: bool, seconds: float = _SECONDS) -
     remote, target = _remote_of(git, branch) if push else ("", "")
     return replace(repository, remote=remote, target=target)
 
-def _ssh(git: _Git) -> dict[str, str]:
-    "ssh that asks nothing, unless git's configuration or the environment names another command."
-    configured = "GIT_SSH" in os.environ or "GIT_SSH_COMMAND" in os.environ or git.lookup("config", "core.sshCommand")
-    return {} if configured else {"GIT_SSH_COMMAND": "ssh -o BatchMode=yes"}
-
-def _check_git(git: _Git) -> None:
-    "ConfigError for a git without `git hook run`."
-    found = re.search(r"(\d+)\.(\d+)", git.lookup("version"))
-    if not found or tuple(map(int, found.groups())) < (2, 36):
-        raise ConfigError(f"git {found[0] if found else 'of unknown version'} is too old", "Install git 2.36 or newer.")
-
 # %% ../nbs/53_publishing.ipynb #53b00011
 _OPERATIONS = {"rebase-merge": "rebase", "rebase-apply": "rebase", "MERGE_HEAD": "merge", "CHERRY_PICK_HEAD": "cherry-pick",
                "REVERT_HEAD": "revert"}
@@ -198,6 +187,17 @@ def _remote_of(git: _Git, branch: str) -> tuple[str, str]:
                           f"Run `git remote add`, or `git branch --set-upstream-to REMOTE/{branch}`.")
     merge = git.lookup("config", f"branch.{branch}.merge") if known else ""
     return remote, merge.removeprefix("refs/heads/") or branch
+
+def _ssh(git: _Git) -> dict[str, str]:
+    "ssh that asks nothing, unless git's configuration or the environment names another command."
+    configured = "GIT_SSH" in os.environ or "GIT_SSH_COMMAND" in os.environ or git.lookup("config", "core.sshCommand")
+    return {} if configured else {"GIT_SSH_COMMAND": "ssh -o BatchMode=yes"}
+
+def _check_git(git: _Git) -> None:
+    "ConfigError for a git without `git hook run`."
+    found = re.search(r"(\d+)\.(\d+)", git.lookup("version"))
+    if not found or tuple(map(int, found.groups())) < (2, 36):
+        raise ConfigError(f"git {found[0] if found else 'of unknown version'} is too old", "Install git 2.36 or newer.")
 
 # %% ../nbs/53_publishing.ipynb #53b00014
 _FOLDERS = re.compile(r"(production|archive|training|reports|production_backup_[0-9TZ-]+)/[^/]+|[^/]+\.jsonl?")
@@ -386,6 +386,7 @@ def _entries_to_add(repository: _Repository, ours: dict[str, _Entry], base: str,
             "to take theirs, restore these files from it, and retrain.")
     return {path: entry for path, entry in ours.items() if theirs.get(path) != entry}
 
+# %% ../nbs/53_publishing.ipynb #53b00051
 def _commit(repository: _Repository, parent: str, entries: Mapping[str, _Entry], message: str) -> str:
     "A commit of entries on a parent, after the hooks pre-commit and commit-msg."
     lines = "".join(f"{mode} {blob}\t{path}\0" for path, (mode, blob) in entries.items())
@@ -502,6 +503,7 @@ def _draft(repository: _Repository, store: ModelStore, artifact: str, tip: str, 
     return _PublicationPlan(repository.head, tip, tuple(draft.commits), tuple(draft.tags), ours, tuple(sorted(todo)), message,
                             tuple(draft.notes))
 
+# %% ../nbs/53_publishing.ipynb #53b00052
 def _check_same_store(repository: _Repository, current: dict, tag: _Tag | None) -> None:
     "PublishError if the number of the version in production was published with another model: by another store."
     if tag and _production_at(repository, tag.commit).get("sha256") != current["sha256"]:
