@@ -7,7 +7,7 @@ __all__ = ['Section', 'DataSettings', 'FeatureSettings', 'LabelSettings', 'Valid
            'LightGBMSettings', 'XGBoostSettings', 'RandomForestSettings', 'LearnersSettings', 'WeightSettings',
            'EnsembleSettings', 'TradingSettings', 'TrainingSettings', 'AuditSettings', 'EvaluationSettings',
            'GateSettings', 'ProductionSettings', 'Settings', 'leaf_paths', 'core_tree', 'expand_override',
-           'load_settings']
+           'load_settings', 'set_policy']
 
 # %% ../nbs/21_config.ipynb #9382d4ca
 import os
@@ -27,6 +27,7 @@ with requires_extra():
     from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
 
 from .learner_parameters import learners_with, own_name, own_names
+from .versioning import ModelStore
 
 # %% ../nbs/21_config.ipynb #c7d39517
 class Section(BaseModel):
@@ -203,6 +204,8 @@ class ProductionSettings(Section):
     allow_simulated: bool
     min_free_disk_mb: _NonNegative
     keep_versions: Annotated[int, Field(ge=2)]
+    keep_months: Annotated[int, Field(ge=0)]
+    signature_days: _Positive
     keep_backups: _Count
 
 # %% ../nbs/21_config.ipynb #21a00002
@@ -362,7 +365,8 @@ class Settings(BaseSettings):
         return f"<details><summary>All settings of this run</summary><pre>{text}</pre></details>"
 
 _FILES = ("base.yaml", "thresholds.yaml")
-_NOT_SETTINGS = {f"ML_ENSEMBLE_{name}" for name in ("ROOT", "MODELS", "CACHE", "ENV", "ALERT_URLS")}
+_NOT_SETTINGS = {f"ML_ENSEMBLE_{name}" for name in ("ROOT", "MODELS", "CACHE", "ENV", "ALERT_URLS", "PUBLIC_KEY",
+                                                         "SIGNING_KEY", "STATE")}
 
 # %% ../nbs/21_config.ipynb #633acb6c
 def _core_path(name: str) -> Path:
@@ -511,3 +515,9 @@ def load_settings(overrides: list[str] | tuple[str, ...] = ()) -> Settings:
         reason = f" ({error.__cause__})" if isinstance(error.__cause__, ValueError) else ""
         raise ConfigError(_shortened(f"{error}{reason}", 500),
                           "Write lists and nested values of environment variables as JSON: [\"sort\"].") from error
+
+# %% ../nbs/21_config.ipynb #8479597b
+def set_policy(store: ModelStore, settings: Settings) -> None:
+    "Set the numbers of versions, months and backups that a store keeps, and the days for which a signature is valid."
+    for name in ("keep_versions", "keep_months", "keep_backups", "signature_days"):
+        setattr(store, name, getattr(settings.production, name))

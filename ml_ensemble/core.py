@@ -7,11 +7,11 @@ __all__ = ['shorten', 'MLEnsembleError', 'ConfigError', 'DataError', 'FeatureErr
            'RetrainError', 'NotATableError', 'EmptyDataError', 'MissingColumnError', 'ColumnTypeError',
            'TimestampError', 'AmbiguousDataError', 'UnsortedError', 'DuplicateError', 'GapError', 'MissingValueError',
            'InfiniteValueError', 'NegativeValueError', 'StaleDataError', 'HighLowError', 'TooShortError',
-           'ModelNotFoundError', 'IntegrityError', 'LFSPointerError', 'UnsafeModelError', 'StaleStoreError',
-           'MissingExtraError', 'requires_extra', 'canonical_json', 'readable_json', 'sha256_hex', 'sync_directory',
-           'check_replaceable', 'write_atomic', 'read_regular', 'utc_now', 'iso', 'working_directory', 'find_project',
-           'project_root', 'core_file', 'page_file', 'models_dir', 'version_id', 'usable_cpus', 'n_threads',
-           'in_threads', 'MarkdownRepr']
+           'ModelNotFoundError', 'IntegrityError', 'LFSPointerError', 'UnsafeModelError', 'SignatureError',
+           'ChangedMeaningError', 'StaleStoreError', 'MissingExtraError', 'requires_extra', 'canonical_json',
+           'readable_json', 'sha256_hex', 'sync_directory', 'check_replaceable', 'write_atomic', 'read_regular',
+           'utc_now', 'iso', 'working_directory', 'find_project', 'project_root', 'core_file', 'page_file',
+           'models_dir', 'version_id', 'usable_cpus', 'n_threads', 'in_threads', 'MarkdownRepr']
 
 # %% ../nbs/00_core.ipynb #dd71e0b3
 import hashlib
@@ -128,6 +128,12 @@ class LFSPointerError(IntegrityError):
 
 class UnsafeModelError(StoreError):
     """A model file asks for more than the one name it may use."""
+
+class SignatureError(StoreError):
+    """Metadata that the owner of the configured key has not signed, or that was put back."""
+
+class ChangedMeaningError(StoreError):
+    """A decision of the new version means something else: other labels, classes, bars or another market."""
 
 class StaleStoreError(StoreError):
     """Somebody else promoted in the meantime."""

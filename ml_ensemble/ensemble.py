@@ -17,14 +17,15 @@ from typing import Self
 import numpy as np
 
 from .candles import bar_interval, bar_times
-from .core import IntegrityError, ModelNotFoundError, StoreError, ValidationError, iso, read_regular, utc_now
+from .core import ChangedMeaningError, ModelNotFoundError, StoreError, ValidationError, iso, read_regular, utc_now
 from .feature_manager import FeatureManager
 from .inference import EPOCH, LoadedModel, ForkLock, decide_rows, open_payload, predict_proba
 from .live import (CLASS_NAMES, Decision, LiveStream, ServingState, bar_interval_ns, check_bars, decide_bar,
                               decide_values, read_history, split_unfinished, warm_stream)
 from .metrics import accuracy, confusion_matrix, row_log_loss, weighted_f1
 from .model_file import check_payload, read_payload
-from .versioning import (MAX_MODEL_BYTES, METADATA_FILE, MODEL_FILE, ModelStore, read_archived, read_bytes, read_metadata,
+from .store_records import changed_meaning, decision_settings
+from .versioning import (MAX_MODEL_BYTES, METADATA_FILE, ModelStore, read_exact, read_metadata, read_signed,
                                     verify_bytes)
 
 # %% ../nbs/18_ensemble.ipynb #a1c05e51
@@ -414,13 +415,15 @@ class ProductionEnsemble(_Predictor):
         return load_file(path, features, clock) if path.suffix or path.exists() \
             else cls(str(target), features=features, clock=clock)
 
-    def reload_if_changed(self, features: FeatureManager | None = None) -> bool:
+    def reload_if_changed(self, features: FeatureManager | None = None, accept_change: bool = False) -> bool:
         """Load the version in production if it is not the loaded one; one `stat` call if nothing has changed.
 
         Parameters
         ----------
         features : FeatureManager, optional
             Manager for the version in production, if its custom features differ from those of the loaded one.
+        accept_change : bool, default False
+            Load a version also if its decisions mean something else.
 
         Returns
         -------
@@ -434,8 +437,11 @@ class ProductionEnsemble(_Predictor):
             This ensemble was loaded as a fixed version.
         ModelNotFoundError
             There is no version in production.
-        IntegrityError, UnsafeModelError, FeatureError
+        IntegrityError, UnsafeModelError, SignatureError, FeatureError
             The version in production cannot be loaded, as in the constructor. The loaded version is still in use.
+        ChangedMeaningError
+            Labels, classes, market or bars of the version in production are not those of the loaded one, so that a decision
+            means something else. The loaded version is still in use.
 
         Examples
         --------
@@ -446,7 +452,7 @@ class ProductionEnsemble(_Predictor):
         >>> model.reload_if_changed(), model
         (True, ProductionEnsemble(version 20250901-0002, classes [0, 1], by_hand 1))
         """
-        return _follow_production(self, features)
+        return _follow_production(self, features, accept_change)
 
     def get_model_info(self) -> dict:
         """Description of the loaded version.
@@ -587,18 +593,18 @@ def _production_stat(store: ModelStore) -> tuple | None:
         return None                  # reading the metadata names the error
     return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
-def _read_version_bytes(store: ModelStore, metadata: dict) -> bytes:
-    "The bytes of the version that `metadata` describes, never of another one."
-    try:
-        return verify_bytes(read_bytes(store.production / MODEL_FILE, store.root), metadata, f"production/{MODEL_FILE}")
-    except IntegrityError as fault:
-        try:
-            return verify_bytes(read_archived(store, metadata["version"])[1], metadata, "archive")
-        except StoreError:
-            raise fault from None
-
 # %% ../nbs/18_ensemble.ipynb #a1c05e54
-def _follow_production(ensemble: ProductionEnsemble, features: FeatureManager | None) -> bool:
+def _check_meaning(old: LoadedModel, new: LoadedModel) -> None:
+    "Raise ChangedMeaningError if a decision of the new version means something else; what is not recorded is not compared."
+    then, now = ({**decision_settings(loaded.metadata), "classes": loaded.payload["classes"]} for loaded in (old, new))
+    recorded = [name for name in then if name != "features" and None not in (then[name], now.get(name))]
+    if changed := changed_meaning({name: then[name] for name in recorded}, {name: now[name] for name in recorded}):
+        raise ChangedMeaningError(f"a decision of version {new.version} in production means something else than one of "
+                                  f"{old.version}: {'; '.join(changed)}",
+                                  f"Version {old.version} is still in use. Change the program that acts on the decisions, "
+                                  "then call reload_if_changed(accept_change=True).")
+
+def _follow_production(ensemble: ProductionEnsemble, features: FeatureManager | None, accept_change: bool) -> bool:
     "Load the version in production if it is another one, and replace the loaded one as a whole."
     store = ensemble._store
     if store is None:
@@ -608,11 +614,14 @@ def _follow_production(ensemble: ProductionEnsemble, features: FeatureManager | 
     if stat == ensemble._seen_stat and features is None:
         return False
     with ensemble._changing:
-        live, metadata = ensemble._state, read_metadata(store.production / METADATA_FILE, store.root)
+        live, metadata = ensemble._state, read_signed(store, store.production / METADATA_FILE)
         same = metadata["sha256"] == live.loaded.metadata["sha256"] and metadata["version"] == live.loaded.version
         if not same or features is not None:
             new, old = features or live.loaded.manager, live.feed.manager
-            loaded = open_payload(read_payload(_read_version_bytes(store, metadata)), metadata, new)
+            metadata, model = read_exact(store)
+            loaded = open_payload(read_payload(model), metadata, new)
+            if not accept_change:
+                _check_meaning(live.loaded, loaded)
             unchanged = (new.fingerprint, new.calendar) == (old.fingerprint, old.calendar)
             ensemble._state = ServingState(loaded, live.feed if unchanged else LiveStream(new, bar_interval_ns(loaded)))
         ensemble._seen_stat = stat

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'MAX_SEQUENCE', 'MAX_METADATA_BYTES', 'MAX_HISTORY_BYTES', 'parse_json', 'check_fields', 'parse_metadata',
-           'check_metadata', 'parse_history', 'history_line']
+           'check_metadata', 'meaning', 'decision_settings', 'changed_meaning', 'parse_history', 'history_line',
+           'check_chain']
 
 # %% ../nbs/10_store_records.ipynb #d949a261
+import io
 import json
 import math
 import re
 from collections.abc import Callable, Mapping
 from datetime import datetime
 
-from .core import shorten
+from .core import sha256_hex, shorten
 
 # %% ../nbs/10_store_records.ipynb #d358189d
 def parse_json(data: bytes) -> object:
@@ -44,8 +46,7 @@ def parse_json(data: bytes) -> object:
     ValueError: the key 'a' occurs twice
     """
     try:
-        value = json.loads(data.decode(), parse_constant=_refuse_constant, parse_float=_finite_float,
-                           object_pairs_hook=_unique_keys)
+        value = _DECODER.decode(data.decode())
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if b"\\u" in data:                              # the only way to write a lone surrogate in UTF-8
@@ -66,6 +67,8 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
         keys = [key for key, _ in pairs]
         raise ValueError(f"the key {shorten(next(key for key in keys if keys.count(key) > 1), 40)!r} occurs twice")
     return items
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite_float, object_pairs_hook=_unique_keys)
 
 # %% ../nbs/10_store_records.ipynb #90134487
 _Rule = tuple[Callable[[object], bool], str]             # a condition on a value, and its description
@@ -138,10 +141,12 @@ _DATA: _Fields = {"source": _text(4096), "market": _text(4096), "hash": _text(20
 _METRICS: _Fields = {"metrics": _mapping_of(_or_null(_number_in(-1e300, 1e300))), "intervals": _mapping_of(_INTERVAL)}
 _METADATA: _Fields = {
     "version": _text(100, VERSION.pattern, "the name of a version"), "sequence": _SEQUENCE, "sha256": _SHA256,
-    "size_bytes": _whole_in(0, 2**40), "created_at": _TIME, "event": _EVENT, "data": _DATA, "metrics": _METRICS,
+    "size_bytes": _whole_in(0, 2**40), "compared_with": _whole_in(0, MAX_SEQUENCE),
+    "created_at": _TIME, "event": _EVENT, "data": _DATA, "metrics": _METRICS,
     "configuration": {"features": {"custom": _list_of(_text(200), 1000)}, "data": _OBJECT, "labels": _OBJECT},
     "features": _list_of(_text(200), 10_000), "fingerprint": _text(200), "weights": _mapping_of(_number_in(0, 1e6)),
     "classes": _list_of(_whole_in(-1, 1), 3), "decision_threshold": _number_in(0, 1), "gate": _OBJECT,
+    "signature": {"key": _text(100), "value": _text(200)}, "expires_at": _TIME, "store_id": _text(100),
     "report": {"path": _text(4096), "sha256": _text(64)}, "artefact": _OBJECT, "skill_sources": _OBJECT,
     "backtest": _OBJECT, "money": _OBJECT, "label_economics": _OBJECT, "leakage_audit": _OBJECT, "git": _OBJECT,
     "packages": _mapping_of(_text(200))}
@@ -181,10 +186,34 @@ def check_metadata(metadata: object) -> None:
     "Raise ValueError for the first field of metadata that has the wrong type, range or length."
     check_fields(metadata, _METADATA)
 
+# %% ../nbs/10_store_records.ipynb #d9489abb
+def meaning(data: dict, fingerprint: str | None, classes: list[int]) -> dict:
+    "Settings that define what a decision means: labels, market, bar, features; `data` as in a version's metadata."
+    labels = {"entry": "close"} | _mapping(data.get("labels"))
+    return {**{f"labels.{name}": labels[name] for name in sorted(labels)}, "market": data.get("market") or data.get("source"),
+            "minutes of a bar": data.get("interval_minutes"), "features": fingerprint, "classes": list(classes)}
+
+def decision_settings(facts: dict) -> dict:
+    "The settings of `meaning` for a version, from its metadata."
+    classes = facts.get("classes")
+    return meaning(_mapping(facts.get("data")), facts.get("fingerprint"), classes if isinstance(classes, list) else [])
+
+def changed_meaning(then: dict, now: dict) -> list[str]:
+    "Descriptions of all differences; empty if the two can be compared."
+    changed = [name for name in {**now, **then} if then.get(name) != now.get(name)]
+    return [f"{name} {_show(name, then.get(name))} -> {_show(name, now.get(name))}" for name in changed]
+
+def _mapping(value) -> dict:
+    "The value if it is a mapping, else an empty mapping."
+    return value if isinstance(value, dict) else {}
+
+def _show(name: str, value) -> str:
+    return "not recorded" if value is None else str(value)[:12] if name == "features" else str(value)
+
 # %% ../nbs/10_store_records.ipynb #000c18d2
-MAX_HISTORY_BYTES = 2**24
+MAX_HISTORY_BYTES = 2**25
 _MAX_LINE_BYTES = 2**16
-_EVENT_LINE: _Fields = {**_EVENT, "version": _NAME, "sequence": _SEQUENCE, "report": _text(4096)}
+_EVENT_LINE: _Fields = {**_EVENT, "version": _NAME, "sequence": _SEQUENCE, "report": _text(4096), "prev": _SHA256}
 
 def parse_history(data: bytes, *, complete: bool = True) -> tuple[list[dict], list[str]]:
     """Events of a history.
@@ -207,8 +236,8 @@ def parse_history(data: bytes, *, complete: bool = True) -> tuple[list[dict], li
     ['line 2: at is 5, not a time in ISO 8601, in the years 1970 to 2261']
     """
     events, faults = [], []
-    for number, line in enumerate(data.split(b"\n"), 1):
-        if not line.strip() or number == 1 and not complete:
+    for number, line in enumerate(io.BytesIO(data), 1):
+        if number == 1 and not complete or not line.strip():
             continue
         try:
             events.append(_parse_event(line))
@@ -226,13 +255,15 @@ def _parse_event(line: bytes) -> dict:
         raise ValueError("it lacks at or kind")
     return event
 
-def history_line(event: Mapping[str, object]) -> bytes:
+def history_line(event: Mapping[str, object], before: bytes = b"") -> bytes:
     """The line of an event, with a newline; fields that are None are omitted.
 
     Parameters
     ----------
     event : mapping
         With `at` and `kind`.
+    before : bytes
+        The line before it, without its newline; empty for the first line.
 
     Returns
     -------
@@ -246,9 +277,49 @@ def history_line(event: Mapping[str, object]) -> bytes:
     Examples
     --------
     >>> history_line({"at": "2025-09-01T00:00:00Z", "kind": "note", "reason": None})
-    b'{"at": "2025-09-01T00:00:00Z", "kind": "note"}\\n'
+    b'{"at": "2025-09-01T00:00:00Z", "kind": "note", "prev": "e3b0c442...b855"}\\n'
     """
-    kept = {name: value for name, value in event.items() if value is not None}
+    kept = {name: value for name, value in event.items() if value is not None} | {"prev": sha256_hex(before)}
     line = json.dumps(kept, allow_nan=False, ensure_ascii=False).encode()
     _parse_event(line)
     return line + b"\n"
+
+# %% ../nbs/10_store_records.ipynb #012ff1a5
+def check_chain(data: bytes) -> list[str]:
+    """Places where a history was edited.
+
+    Parameters
+    ----------
+    data : bytes
+        The whole history.
+
+    Returns
+    -------
+    list of str
+        One sentence for each line that does not follow the line before it.
+
+    Examples
+    --------
+    >>> first = history_line({"at": "2025-09-01T00:00:00Z", "kind": "note"})
+    >>> second = history_line({"at": "2025-09-02T00:00:00Z", "kind": "note"}, first.rstrip(b"\\n"))
+    >>> check_chain(first + second), check_chain(first.replace(b"note", b"Note") + second)
+    ([], ['line 2 does not follow line 1: line 1 was edited, or lines between them were removed or inserted'])
+    """
+    faults, before, place, chained = [], b"", 0, False
+    for number, line in enumerate(io.BytesIO(data), 1):
+        if not (line := line.rstrip(b"\n")).strip():
+            continue
+        try:
+            event = _parse_event(line)
+            chained = chained or "prev" in event
+            if chained and event.get("prev") != sha256_hex(before):
+                faults.append(_broken_link(number, place))
+        except ValueError:
+            pass                                    # no event; `parse_history` reports it, and the next line follows it
+        before, place = line, number
+    return faults
+
+def _broken_link(number: int, place: int) -> str:
+    if not place:
+        return f"line {number} is not the first: lines before it were removed"
+    return f"line {number} does not follow line {place}: line {place} was edited, or lines between them were removed or inserted"

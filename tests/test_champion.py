@@ -8,13 +8,13 @@ from conftest import hand_made_payload
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ml_ensemble.champion import (changed_meaning, compare_recipes, compare_with_record, production_record, meaning, decision_settings,
-                                  production_periods)
+from ml_ensemble.champion import compare_recipes, compare_with_record, production_periods, production_record
 from ml_ensemble.ensemble import restore_ensemble
 from ml_ensemble.walk_forward import Predictions
 from ml_ensemble.feature_manager import FeatureManager
 from ml_ensemble.labels import forward_return_labels
 from ml_ensemble.sandbox import simulate_market
+from ml_ensemble.store_records import changed_meaning, decision_settings, meaning
 from ml_ensemble.versioning import ModelStore, archived
 
 CANDLES, _ = simulate_market(700, seed=4)
@@ -225,11 +225,13 @@ def test_the_order_of_events_is_that_of_their_sequence_and_not_of_their_lines(st
     assert after.version.tolist() == before.version.tolist() and len(set(after.version)) == 3
 
 
-def test_the_version_in_production_counts_even_if_the_history_is_lost_and_an_archived_one_never(store):
-    _, second = promote(store, 100), promote(store, 200)
+def test_the_record_survives_the_loss_of_the_history(store):
+    """The archived metadata has each promotion as well; a staged version was never in production."""
+    first, second = promote(store, 100), promote(store, 200)
+    store.stage(MODEL, store.current())
     (store.archive / "history.jsonl").unlink()
     record = production_record(store, FEATURES, MANAGER, TODAY)
-    assert set(record.version) == {second} and record.gaps == ()
+    assert set(record.version) == {first, second} and record.gaps == ()
 
 
 def test_times_without_a_zone_are_utc_and_no_bars_are_no_error(store):

@@ -74,7 +74,7 @@ def test_check_history_and_backup_of_a_store(call, trained_copy):
     check = call("check", "--json", models=trained_copy.root)
     assert check.returncode == 0, check.stdout
     parts = {finding["part"] for finding in json.loads(check.stdout)["findings"]}
-    assert parts == {"configuration", "production", "market", "age", "figures", "last run", "disk"}
+    assert parts == {"configuration", "production", "market", "age", "figures", "last run", "history", "signature", "training", "disk"}
     assert "Fit to trade" in call("check").stdout
     events = json.loads(call("history", "--json").stdout)["events"]
     assert [event["kind"] for event in events] == ["promotion", "promotion"]

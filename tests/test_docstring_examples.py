@@ -47,6 +47,11 @@ FRONT_DOORS = (
     ("versioning", "ModelStore.rollback"),
     ("versioning", "ModelStore.backup"),
     ("versioning", "ModelStore.locked"),
+    *(("versioning", f"ModelStore.{name}") for name in (
+        "staged", "previous", "stage", "promote_staged", "restore", "pin", "unpin", "pins", "prune", "verify", "repair")),
+    ("store_records", "parse_json"),
+    ("store_records", "check_chain"),
+    ("signing", "generate_key"),
     ("live", "Decision"),
     ("ensemble", "ProductionEnsemble"),
     ("ensemble", "ProductionEnsemble.load"),

@@ -30,28 +30,29 @@ PUBLIC = {
         fault_of moment_of ohlcv_columns ohlcv_rules price_columns
     """,
     "champion": """
-        Comparison ProductionRecord changed_meaning compare_recipes compare_with_record decision_settings meaning
-        production_periods production_record
+        Comparison ProductionRecord compare_recipes compare_with_record production_periods production_record
     """,
     "classifier": "EnsembleClassifier",
     "cli": """
-        app audit_command backup candles_command check cli_main export history predict publish_command retrain_command rollback
-        run_command
+        app audit_command backup candles_command check cli_main diff_command export history keygen_command
+        pin_command predict promote_command prune_command publish_command restore_command retrain_command rollback
+        run_command show_command unpin_command verify_command versions_command
     """,
     "compiled_trees": "SplitGraph compiled_loop split_graph",
     "config": """
         AuditSettings DataSettings EnsembleSettings EvaluationSettings FeatureSettings GateSettings LabelSettings
         LearnerSettings LearnersSettings LightGBMSettings ProductionSettings RandomForestSettings Section Settings
         TradingSettings TrainingSettings ValidationSettings WeightSettings XGBoostSettings core_tree expand_override
-        leaf_paths load_settings
+        leaf_paths load_settings set_policy
     """,
     "core": """
-        AmbiguousDataError ColumnTypeError ConfigError DataError DuplicateError EmptyDataError FeatureError GapError HighLowError
-        InfiniteValueError IntegrityError LFSPointerError MLEnsembleError MarkdownRepr MissingColumnError MissingExtraError
-        MissingValueError ModelNotFoundError NegativeValueError NotATableError RetrainError StaleDataError StaleStoreError StoreError
-        TimestampError TooShortError UnsafeModelError UnsortedError ValidationError canonical_json
-        check_replaceable core_file find_project in_threads iso models_dir n_threads page_file project_root read_regular
-        readable_json requires_extra sha256_hex shorten sync_directory usable_cpus utc_now version_id working_directory
+        AmbiguousDataError ChangedMeaningError ColumnTypeError ConfigError DataError DuplicateError EmptyDataError
+        FeatureError GapError HighLowError InfiniteValueError IntegrityError LFSPointerError MLEnsembleError
+        MarkdownRepr MissingColumnError MissingExtraError MissingValueError ModelNotFoundError NegativeValueError
+        NotATableError RetrainError SignatureError StaleDataError StaleStoreError StoreError TimestampError
+        TooShortError UnsafeModelError UnsortedError ValidationError canonical_json check_replaceable core_file
+        find_project in_threads iso models_dir n_threads page_file project_root read_regular readable_json
+        requires_extra sha256_hex shorten sync_directory usable_cpus utc_now version_id working_directory
         write_atomic
     """,
     "custom_features": "CustomFeature Window WindowBuffer custom_columns custom_feature load_custom",
@@ -98,7 +99,7 @@ PUBLIC = {
     """,
     "model_file": "CANARY_TOLERANCE FORMAT check_definition check_payload read_payload",
     "model_graph": "check_graph",
-    "monitoring": "Diagnosis HealthCheck diagnose plot_recent plot_versions send_alert version_table",
+    "monitoring": "Diagnosis HealthCheck diagnose plot_recent send_alert",
     "onnx_export": "export_onnx load_with_custom to_full_onnx",
     "plot_style": "BLUE GREY GRID INK ORANGE class_colour date_axis new_axes style_axes",
     "publishing": "ARTIFACT Publication PublishError plain_line publish",
@@ -108,30 +109,36 @@ PUBLIC = {
         recipe_labels recipe_splitter threshold_objective training_set
     """,
     "retraining": """
-        Candidate LabelEconomics NO_NEW_BARS RetrainResult blend_table champion_recipe check_first_fold
-        compare_with_production ensemble_gain evaluate_blend evaluate_result execute fit_candidate gain_sentence get_market importance
-        label_balance label_economics learner_evaluations learner_table market_label notebook_settings
-        rarest_class reach_verdict reachable_skill retrain run_audit run_backtest run_money_bridge run_overrides
-        run_skill_sources split_overrides stage trading_facts
+        Candidate LabelEconomics NO_NEW_BARS RetrainResult STAGED blend_table champion_recipe check_first_fold
+        compare_with_production ensemble_gain evaluate_blend evaluate_result execute fit_candidate gain_sentence
+        get_market importance label_balance label_economics learner_evaluations learner_table market_label
+        notebook_settings rarest_class reach_verdict reachable_skill retrain run_audit run_backtest run_money_bridge
+        run_overrides run_skill_sources split_overrides stage trading_facts
     """,
     "sandbox": "CLUSTERING QUOTED_SPREAD STRENGTH VOLATILITY bar_length best_skill signal simulate_market true_probability",
+    "signing": """
+        check_mark check_signature generate_key key_id public_key public_of public_text raise_mark read_mark sign_metadata
+        state_folder
+    """,
     "skill_sources": """
         Money SkillSources above_zero known_rows log_odds money_bridge plot_waterfall skill_sources stacked_loss
         use_of_probabilities volatility_forecast volatility_inputs
     """,
     "trading_costs": "entry_delay known_spread net_returns plot_spread positions rolling_spread side_cost",
     "store_records": """
-        MAX_HISTORY_BYTES MAX_METADATA_BYTES MAX_SEQUENCE VERSION check_fields check_metadata history_line parse_history
-        parse_json parse_metadata
+        MAX_HISTORY_BYTES MAX_METADATA_BYTES MAX_SEQUENCE VERSION changed_meaning check_chain check_fields
+        check_metadata decision_settings history_line meaning parse_history parse_json parse_metadata
     """,
     "text_tables": "TextLayout TextTable read_text_table",
     "training": "fit_all make_ensemble parity_error probe_artefact trained_proba verify_version",
     "tree_graph": "READERS Tree to_onnx",
     "validation": "CombinatorialPurgedSplit PurgedWalkForward assemble_paths block_edges index_ns walk_forward_splits",
     "versioning": """
-        MAX_MODEL_BYTES METADATA_FILE MODEL_FILE ModelStore archived check_reason check_version present_or_damaged read_archived
-        read_bytes read_history_file read_metadata read_pair remedy_for_damage verify_bytes write_store_file
+        CHANGES MAX_MODEL_BYTES METADATA_FILE MODEL_FILE ModelStore archived check_reason check_version
+        present_or_damaged production_changes read_archived read_bytes read_exact read_history_file read_metadata
+        read_pair read_signed read_staged remedy_for_damage verify_bytes write_store_file
     """,
+    "versions": "VersionDiff diff_versions plot_versions version_table",
     "walk_forward": """
         Predictions TrainingSet WalkForwardResult check_class_labels check_probabilities is_complete make_training_set
         walk_forward weighted_mean

@@ -104,7 +104,7 @@ def command(here, monkeypatch):
 
 def state(folder, remote=None):
     """Refs, index and files of a repository, and the refs of the remote: what a failed publication leaves alone."""
-    files = {path: path.read_bytes() for path in (folder / "models").rglob("*") if path.is_file() and path.name != ".lock"}
+    files = {path: path.read_bytes() for path in (folder / "models").rglob("*") if path.is_file() and path.name[:5] != ".lock"}
     return (git(folder, "for-each-ref"), git(folder, "rev-parse", "HEAD"), git(folder, "ls-files", "--stage"), files,
             git(remote, "for-each-ref") if remote else "")
 
