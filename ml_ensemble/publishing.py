@@ -312,7 +312,7 @@ def _figures(metadata: dict, names: Sequence[str]) -> list[str]:
             texts.append(f"{name.replace('_', ' ')} {value:.3f}{limits}")
     return texts
 
-def _message(events: Sequence[dict], metadata: dict) -> str:
+def _commit_message(events: Sequence[dict], metadata: dict) -> str:
     "Message of a commit, at most some 3,000 characters."
     lines = [_subject(events, metadata), ""]
     for event in events[-20:]:
@@ -496,16 +496,16 @@ def _draft(repository: _Repository, store: ModelStore, artifact: str, tip: str,
     for sequence, change in changes.items():
         if sequence < there or _stage_tag(artifact, sequence) in published:
             continue
-        about = _message([change], metadata.get(change["version"], {}))
+        about = _commit_message([change], metadata.get(change["version"], {}))
         if sequence == current.get("sequence"):
             if sequence > there:
-                message = _message(events or [change], metadata.get(change["version"], current) | current)
+                message = _commit_message(events or [change], metadata.get(change["version"], current) | current)
                 draft.commits.append(_commit(repository, draft.newest, todo, message))
             draft.add_change(change, message or about)
         elif sequence > there:
             _add_intermediate(draft, change, todo, about)
     if todo and not message:
-        message = _message([event for event in events if event["kind"] not in ("promotion", "rollback")], current)
+        message = _commit_message([event for event in events if event["kind"] not in ("promotion", "rollback")], current)
         draft.commits.append(_commit(repository, draft.newest, todo, message))
     return _PublicationPlan(repository.head, tip, tuple(draft.commits), tuple(draft.tags), ours, tuple(sorted(todo)), message,
                             tuple(draft.notes))
