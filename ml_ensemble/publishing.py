@@ -34,9 +34,10 @@ class PublishError(StoreError):
 
 ARTIFACT = "ml-ensemble"
 _SECONDS = 600.0
-_REDIRECTIONS = re.compile("""GIT_(DIR|WORK_TREE|INDEX_FILE|COMMON_DIR|OBJECT_DIRECTORY|ALTERNATE_OBJECT_DIRECTORIES|NAMESPACE|PREFIX
-    |GRAFT_FILE|SHALLOW_FILE|REPLACE_REF_BASE|NO_REPLACE_OBJECTS|IMPLICIT_WORK_TREE|CONFIG_PARAMETERS|AUTHOR_DATE|COMMITTER_DATE
-    |[A-Z]+_PATHSPECS|QUARANTINE_PATH|LFS_SKIP_PUSH|TRACE)|SSH_ASKPASS""", re.VERBOSE)
+_REDIRECTIONS = re.compile("""GIT_(DIR|WORK_TREE|INDEX_FILE|COMMON_DIR|OBJECT_DIRECTORY|ALTERNATE_OBJECT_DIRECTORIES
+    |NAMESPACE|PREFIX|GRAFT_FILE|SHALLOW_FILE|REPLACE_REF_BASE|NO_REPLACE_OBJECTS|IMPLICIT_WORK_TREE|CONFIG_PARAMETERS
+    |AUTHOR_DATE|COMMITTER_DATE|[A-Z]+_PATHSPECS|QUARANTINE_PATH|LFS_SKIP_PUSH|TRACE)|SSH_ASKPASS""", re.VERBOSE)
+_NO_COLLECTION = ("-c", "gc.auto=0", "-c", "maintenance.auto=false")      # objects without a ref must last until the push
 
 def _environment() -> dict[str, str]:
     "The environment of git: in this repository, in English, without prompts."
@@ -53,7 +54,7 @@ class _Git:
 
     def run(self, *words: str, data: bytes = b"") -> subprocess.CompletedProcess:
         "Run git; the process and its children are killed after the time limit or on an interrupt."
-        process = _start(["git", "-c", "gc.auto=0", "-c", "maintenance.auto=false", *words], self.folder, {**_environment(), **self.more})
+        process = _start(["git", *_NO_COLLECTION, *words], self.folder, {**_environment(), **self.more})
         try:
             out, err = process.communicate(data, self.seconds)
         except subprocess.TimeoutExpired:
@@ -154,17 +155,6 @@ def _open_repository(store: ModelStore, push: bool, seconds: float = _SECONDS) -
     remote, target = _remote_of(git, branch) if push else ("", "")
     return replace(repository, remote=remote, target=target)
 
-def _ssh(git: _Git) -> dict[str, str]:
-    "ssh that asks nothing, unless git's configuration or the environment names another command."
-    configured = "GIT_SSH" in os.environ or "GIT_SSH_COMMAND" in os.environ or git.lookup("config", "core.sshCommand")
-    return {} if configured else {"GIT_SSH_COMMAND": "ssh -o BatchMode=yes"}
-
-def _check_git(git: _Git) -> None:
-    "ConfigError for a git without `git hook run`."
-    found = re.search(r"(\d+)\.(\d+)", git.lookup("version"))
-    if not found or tuple(map(int, found.groups())) < (2, 36):
-        raise ConfigError(f"git {found[0] if found else 'of unknown version'} is too old", "Install git 2.36 or newer.")
-
 # %% ../nbs/53_publishing.ipynb #53b00011
 _OPERATIONS = {"rebase-merge": "rebase", "rebase-apply": "rebase", "MERGE_HEAD": "merge", "CHERRY_PICK_HEAD": "cherry-pick",
                "REVERT_HEAD": "revert"}
@@ -198,6 +188,17 @@ def _remote_of(git: _Git, branch: str) -> tuple[str, str]:
                           f"Run `git remote add`, or `git branch --set-upstream-to REMOTE/{branch}`.")
     merge = git.lookup("config", f"branch.{branch}.merge") if known else ""
     return remote, merge.removeprefix("refs/heads/") or branch
+
+def _ssh(git: _Git) -> dict[str, str]:
+    "ssh that asks nothing, unless git's configuration or the environment names another command."
+    configured = "GIT_SSH" in os.environ or "GIT_SSH_COMMAND" in os.environ or git.lookup("config", "core.sshCommand")
+    return {} if configured else {"GIT_SSH_COMMAND": "ssh -o BatchMode=yes"}
+
+def _check_git(git: _Git) -> None:
+    "ConfigError for a git without `git hook run`."
+    found = re.search(r"(\d+)\.(\d+)", git.lookup("version"))
+    if not found or tuple(map(int, found.groups())) < (2, 36):
+        raise ConfigError(f"git {found[0] if found else 'of unknown version'} is too old", "Install git 2.36 or newer.")
 
 # %% ../nbs/53_publishing.ipynb #53b00014
 _FOLDERS = re.compile(r"(production|archive|training|reports|production_backup_[0-9TZ-]+)/[^/]+|[^/]+\.jsonl?")
@@ -295,7 +296,8 @@ def _subject(events: Sequence[dict], metadata: dict) -> str:
         return plain_line(f"Roll back to {change['version']}: {change.get('reason', '')}", 120)
     outcome = metadata.get("gate", {}).get("outcome")
     figures = ", ".join(_figures(metadata, ("skill", "weighted_f1")))
-    return plain_line(f"Promote {change['version']}: {f'gate {outcome}' if outcome else 'no verdict'}{', ' * bool(figures)}{figures}", 120)
+    verdict = f"gate {outcome}" if outcome else "no verdict"
+    return plain_line(f"Promote {change['version']}: {', '.join(filter(None, (verdict, figures)))}", 120)
 
 # %% ../nbs/53_publishing.ipynb #53b00019
 def _figures(metadata: dict, names: Sequence[str]) -> list[str]:
@@ -306,17 +308,19 @@ def _figures(metadata: dict, names: Sequence[str]) -> list[str]:
         value, interval = metrics.get("metrics", {}).get(name), metrics.get("intervals", {}).get(name)
         if isinstance(value, int | float):
             known = interval and None not in interval
-            texts.append(f"{name.replace('_', ' ')} {value:.3f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if known else ""))
+            limits = f" ({interval[0]:.3f} to {interval[1]:.3f})" if known else ""
+            texts.append(f"{name.replace('_', ' ')} {value:.3f}{limits}")
     return texts
 
-def _message(events: Sequence[dict], metadata: dict) -> str:
+def _commit_message(events: Sequence[dict], metadata: dict) -> str:
     "Message of a commit, at most some 3,000 characters."
     lines = [_subject(events, metadata), ""]
     for event in events[-20:]:
         words = (event["at"], event["kind"].replace("_", " "), event.get("version", ""), event.get("reason", ""))
         lines.append("- " + plain_line(" ".join(filter(None, map(str, words))), 300))
-    summary, figures = metadata.get("gate", {}).get("summary"), _figures(metadata, ("skill", "weighted_f1", "roc_auc", "log_loss"))
-    lines += ["", *(["Out of sample: " + ", ".join(figures)] if figures else []), *([plain_line(summary, 600)] if summary else []), ""]
+    if figures := _figures(metadata, ("skill", "weighted_f1", "roc_auc", "log_loss")):
+        lines += ["", "Out of sample: " + ", ".join(figures)]
+    lines += [plain_line(metadata.get("gate", {}).get("summary", ""), 600), ""]
     if metadata:
         lines += [f"Version: {metadata['version']}", f"Sequence: {metadata['sequence']}", f"Sha256: {metadata['sha256']}"]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"
@@ -382,10 +386,12 @@ def _entries_to_add(repository: _Repository, ours: dict[str, _Entry], base: str,
         raise PublishError(
             f"{repository.remote}/{repository.target} has other changes of {', '.join(clashes[:3])}"
             f"{f' and {len(clashes) - 3} more files' if len(clashes) > 3 else ''}: another clone has published from this store",
-            f"Only one clone may retrain a store. See `git log HEAD..{repository.remote}/{repository.target} -- {repository.prefix}`; "
-            "to take theirs, restore these files from it, and retrain.")
+            "Only one clone may retrain a store. See "
+            f"`git log HEAD..{repository.remote}/{repository.target} -- {repository.prefix}`; to take theirs, restore these "
+            "files from it, and retrain.")
     return {path: entry for path, entry in ours.items() if theirs.get(path) != entry}
 
+# %% ../nbs/53_publishing.ipynb #53b00051
 def _commit(repository: _Repository, parent: str, entries: Mapping[str, _Entry], message: str) -> str:
     "A commit of entries on a parent, after the hooks pre-commit and commit-msg."
     lines = "".join(f"{mode} {blob}\t{path}\0" for path, (mode, blob) in entries.items())
@@ -428,7 +434,8 @@ def _new_events(repository: _Repository, store: ModelStore, commit: str) -> list
 def _promotion_entries(prefix: str, ours: Mapping[str, _Entry], version: str) -> dict[str, _Entry]:
     "The archived pair of a version, as archive and as production; empty if one of the two is not among our files."
     entries: dict[str, _Entry] = {}
-    for name, file in ((MODEL_FILE, f"production_ensemble_{version}.pkl"), (METADATA_FILE, f"production_model_metadata_{version}.json")):
+    names = {MODEL_FILE: f"production_ensemble_{version}.pkl", METADATA_FILE: f"production_model_metadata_{version}.json"}
+    for name, file in names.items():
         entry = ours.get(f"{prefix}archive/{file}")
         if entry is None or entry[0] == "000000":
             return {}
@@ -472,7 +479,8 @@ def _unix(at: str) -> int:
     return int((moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp())
 
 # %% ../nbs/53_publishing.ipynb #53b00029
-def _draft(repository: _Repository, store: ModelStore, artifact: str, tip: str, published: Mapping[str, _Tag]) -> _PublicationPlan:
+def _draft(repository: _Repository, store: ModelStore, artifact: str, tip: str,
+           published: Mapping[str, _Tag]) -> _PublicationPlan:
     "Commits and tags for what the tip lacks."
     base = repository.git.lookup("merge-base", repository.head, tip)
     if not base:
@@ -488,20 +496,21 @@ def _draft(repository: _Repository, store: ModelStore, artifact: str, tip: str, 
     for sequence, change in changes.items():
         if sequence < there or _stage_tag(artifact, sequence) in published:
             continue
-        about = _message([change], metadata.get(change["version"], {}))
+        about = _commit_message([change], metadata.get(change["version"], {}))
         if sequence == current.get("sequence"):
             if sequence > there:
-                message = _message(events or [change], metadata.get(change["version"], current) | current)
+                message = _commit_message(events or [change], metadata.get(change["version"], current) | current)
                 draft.commits.append(_commit(repository, draft.newest, todo, message))
             draft.add_change(change, message or about)
         elif sequence > there:
             _add_intermediate(draft, change, todo, about)
     if todo and not message:
-        message = _message([event for event in events if event["kind"] not in ("promotion", "rollback")], current)
+        message = _commit_message([event for event in events if event["kind"] not in ("promotion", "rollback")], current)
         draft.commits.append(_commit(repository, draft.newest, todo, message))
     return _PublicationPlan(repository.head, tip, tuple(draft.commits), tuple(draft.tags), ours, tuple(sorted(todo)), message,
                             tuple(draft.notes))
 
+# %% ../nbs/53_publishing.ipynb #53b00052
 def _check_same_store(repository: _Repository, current: dict, tag: _Tag | None) -> None:
     "PublishError if the number of the version in production was published with another model: by another store."
     if tag and _production_at(repository, tag.commit).get("sha256") != current["sha256"]:
@@ -532,8 +541,9 @@ def _read_remote(repository: _Repository, artifact: str) -> tuple[str, set[str]]
                            "Check address, network and credentials, and publish again; `--no-push` commits here only.")
     refs = dict(line.split("\t")[::-1] for line in done.stdout.decode().splitlines())
     if branch not in refs:
-        raise ConfigError(f"the remote {remote} has no branch {repository.target}", f"Run `git push {remote} {repository.branch}` once.")
-    done = git.run("fetch", "--quiet", "--no-tags", "--", remote, branch, *(f"{pattern}:{pattern}" for pattern in patterns))
+        raise ConfigError(f"the remote {remote} has no branch {repository.target}",
+                          f"Run `git push {remote} {repository.branch}` once.")
+    done = git.run("fetch", "--no-tags", "--", remote, branch, *(f"{pattern}:{pattern}" for pattern in patterns))
     if done.returncode:
         clash = "clobber" in done.stderr
         raise PublishError(f"git fetch failed: {_last_lines(done.stderr)}",
@@ -546,13 +556,14 @@ def _check_ahead(repository: _Repository, tip: str) -> None:
     ahead = repository.git.text("rev-list", "--full-history", f"{tip}..{repository.head}", "--", ".",
                                 f":(top,exclude,literal){repository.prefix}").split()
     if ahead:
-        raise ConfigError(f"{len(ahead)} commits of {repository.branch} are not on {repository.remote}, the newest is {ahead[0][:12]}",
-                          "Push or rebase them yourself (`git pull --rebase && git push`): only changes of the store are published.")
+        raise ConfigError(f"{len(ahead)} commits of {repository.branch} are not on {repository.remote}, the newest is "
+                          f"{ahead[0][:12]}; only changes of the store are published",
+                          "Push or rebase them yourself: `git pull --rebase && git push`.")
 
 # %% ../nbs/53_publishing.ipynb #53b00032
 # What git reports if another push came in between.
-_STALE = ("(fetch first)", "(non-fast-forward)", "(already exists)", "(stale info)", "cannot lock ref", "reference already exists",
-          "(failed to update ref)", "(incorrect old value provided)")
+_STALE = ("(fetch first)", "(non-fast-forward)", "(already exists)", "(stale info)", "cannot lock ref",
+          "reference already exists", "(failed to update ref)", "(incorrect old value provided)")
 
 def _push(repository: _Repository, plan: _PublicationPlan, store: ModelStore) -> bool:
     "Push commits and tags at once; False if the remote has changed since it was read."
@@ -566,8 +577,10 @@ def _push(repository: _Repository, plan: _PublicationPlan, store: ModelStore) ->
     if any(text in report + done.stderr for text in _STALE):
         return False
     reasons = dict.fromkeys(re.findall(r"^!\t[^\t]*\t(?!.*atomic)(.*)$", report, re.M))
-    raise PublishError(f"the push to {repository.remote} failed: {plain_line(' | '.join(reasons), 300)} {_last_lines(done.stderr)}",
-                       "Production is unchanged, and no tag was left; publish again. If the branch is protected, allow this user to push.")
+    why = f"{plain_line(' | '.join(reasons), 300)} {_last_lines(done.stderr)}"
+    raise PublishError(f"the push to {repository.remote} failed: {why}",
+                       "Production is unchanged, and no tag was left; publish again. If the branch is protected, allow this "
+                       "user to push.")
 
 def _push_objects(repository: _Repository, plan: _PublicationPlan, store: ModelStore) -> None:
     "Upload the objects of Git LFS, also in a clone without its pre-push hook."
@@ -595,7 +608,8 @@ def _check_worktree(repository: _Repository, plan: _PublicationPlan) -> None:
         git = replace(repository.git, more={**repository.git.more, "GIT_INDEX_FILE": str(copy)})
         done = _follow(git, plan, "--dry-run")
     if done.returncode:
-        raise PublishError(f"the working tree cannot follow {repository.remote or repository.branch}: {_last_lines(done.stderr)}",
+        where = repository.remote or repository.branch
+        raise PublishError(f"the working tree cannot follow {where}: {_last_lines(done.stderr)}",
                            "Commit or stash these changes, and publish again.")
 
 def _follow(git: _Git, plan: _PublicationPlan, *words: str) -> subprocess.CompletedProcess:
@@ -681,11 +695,11 @@ def publish(store: ModelStore, *, push: bool = True, dry_run: bool = False, arti
     Raises
     ------
     ConfigError
-        Nothing was tried: no git, no repository, no commit, a detached HEAD, a rebase or merge in progress, no user name, Git LFS
-        not set up, commits of the user that are not on the remote.
+        Nothing was tried: no git, no repository, no commit, a detached HEAD, a rebase or merge in progress, no user name,
+        Git LFS not set up, commits of the user that are not on the remote.
     PublishError
-        The remote cannot be reached or rejects the push, a hook refuses, another clone has changed the same files, or the
-        time limit was reached. Branch, tags, files and production are as before.
+        The remote cannot be reached or rejects the push, a hook refuses, another clone has changed the same files, or
+        the time limit was reached. Branch, tags, files and production are as before.
 
     Examples
     --------

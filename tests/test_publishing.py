@@ -433,6 +433,19 @@ def test_a_new_store_with_the_numbers_of_an_older_one_is_not_published_under_its
     assert [tag for tag in tags(remote) if "second" in tag] == ["second@v1.0.0", "second#production#1"]
 
 
+def test_a_local_tag_whose_number_another_clone_has_published_is_a_conflict(here, clone, command, remote):
+    assert command("--no-push").code == 0
+    other = ModelStore(clone("other") / "models", clock=lambda: NOON)
+    other.promote(b"another model", GATE)
+    publish(other)
+    before = state(here.folder, remote)
+    done = command()
+    assert done.code == 1 and "Another clone has published a version with this number" in done.err
+    refs = lambda text: [line for line in text.splitlines() if "remotes" not in line]
+    after = state(here.folder, remote)
+    assert refs(after[0]) == refs(before[0]) and after[1:] == before[1:]
+
+
 def test_changes_of_the_user_are_not_overwritten_by_what_others_have_pushed(here, clone, command, remote):
     _push_code(clone("other"), "a = 5\n")
     (here.folder / "code.py").write_text("my work\n")
