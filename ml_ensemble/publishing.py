@@ -26,7 +26,7 @@ with requires_extra():
     from filelock import FileLock, Timeout
 
 from .store_records import parse_history, parse_metadata
-from .versioning import METADATA_FILE, MODEL_FILE, ModelStore, present_or_damaged
+from .versioning import CHANGES, METADATA_FILE, MODEL_FILE, ModelStore, present_or_damaged
 
 # %% ../nbs/53_publishing.ipynb #53b00006
 class PublishError(StoreError):
@@ -268,10 +268,10 @@ def _is_pointer(git: _Git, blob: str) -> bool:
 def _store_changes(store: ModelStore) -> dict[int, dict]:
     "Promotions and rollbacks by sequence number, from history, archive and production."
     changes = {event["sequence"]: event for event in store.history()
-               if event["kind"] in ("promotion", "rollback") and "sequence" in event and "version" in event}
+               if event["kind"] in CHANGES and "sequence" in event and "version" in event}
     for metadata in [*_archived_metadata(store).values(), present_or_damaged(store) or {}]:
         event = metadata.get("event", {})
-        if event.get("kind") in ("promotion", "rollback"):
+        if event.get("kind") in CHANGES:
             changes[metadata["sequence"]] = {**event, "sequence": metadata["sequence"], "version": metadata["version"]}
     return dict(sorted(changes.items()))
 
@@ -288,11 +288,11 @@ def _archived_metadata(store: ModelStore) -> dict[str, dict]:
 
 def _subject(events: Sequence[dict], metadata: dict) -> str:
     "First line of a message: version, verdict and figures of the last change, or the kind of the last event."
-    change = next((event for event in reversed(events) if event["kind"] in ("promotion", "rollback")), None)
+    change = next((event for event in reversed(events) if event["kind"] in CHANGES), None)
     if change is None:
         last = events[-1] if events else {"kind": "update"}
         return plain_line(f"Record {last['kind'].replace('_', ' ')}: {last.get('reason', 'files of the store')}", 120)
-    if change["kind"] == "rollback":
+    if change["kind"] != "promotion":
         return plain_line(f"Roll back to {change['version']}: {change.get('reason', '')}", 120)
     outcome = metadata.get("gate", {}).get("outcome")
     figures = ", ".join(_figures(metadata, ("skill", "weighted_f1")))
@@ -505,7 +505,7 @@ def _draft(repository: _Repository, store: ModelStore, artifact: str, tip: str,
         elif sequence > there:
             _add_intermediate(draft, change, todo, about)
     if todo and not message:
-        message = _commit_message([event for event in events if event["kind"] not in ("promotion", "rollback")], current)
+        message = _commit_message([event for event in events if event["kind"] not in CHANGES], current)
         draft.commits.append(_commit(repository, draft.newest, todo, message))
     return _PublicationPlan(repository.head, tip, tuple(draft.commits), tuple(draft.tags), ours, tuple(sorted(todo)), message,
                             tuple(draft.notes))
@@ -522,7 +522,7 @@ def _add_intermediate(draft: _TagDraft, change: dict, todo: Mapping[str, _Entry]
     entries = _promotion_entries(draft.repository.prefix, todo, change["version"]) if change["kind"] == "promotion" else {}
     if entries:
         draft.commits.append(_commit(draft.repository, draft.newest, entries, message))
-    if entries or change["kind"] == "rollback" and _version_tag(draft.artifact, change["version"]) in draft.known:
+    if entries or change["kind"] != "promotion" and _version_tag(draft.artifact, change["version"]) in draft.known:
         draft.add_change(change, message)
     else:
         draft.notes.append(f"the {change['kind']} {change['sequence']} of version {change['version']} has no tag: "
