@@ -214,7 +214,8 @@ def _check_training(store: ModelStore, version: str) -> list[HealthCheck]:
     named = facts.get("version") if isinstance(facts, dict) else None
     if named == version:
         return [HealthCheck("training", "ok", "the learners of the version in production")]
-    return [HealthCheck("training", "warning", f"the learners of version {shorten(named)}, not those of {version} in production",
+    whose = f"version {shorten(named)}" if named else "an unknown version"
+    return [HealthCheck("training", "warning", f"the learners of {whose}, not those of {version} in production",
                         "They are for analysis only; the next promotion replaces them.")]
 
 def _check_signature(store: ModelStore) -> HealthCheck:
