@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from conftest import TINY, hand_made_payload
+from conftest import hand_made_payload
 from ml_ensemble import ModelStore, cli as command_line
 from ml_ensemble.config import load_settings
 from ml_ensemble.core import ConfigError, FeatureError, MLEnsembleError
@@ -23,7 +23,7 @@ from ml_ensemble.custom_features import load_custom
 from ml_ensemble.ensemble import restore_ensemble
 from ml_ensemble.onnx_export import load_with_custom
 from ml_ensemble.sandbox import simulate_market
-from scratch import ROOT
+from scratch import FEATURE, ROOT, shadow_modules
 
 SECONDS, MEGABYTES = 2, 300
 
@@ -263,17 +263,6 @@ def test_a_candle_file_of_3_gigabytes_is_not_read(tmp_path, untraced):
 
 # --- names in data are not code ---------------------------------------------------------------------------------------
 
-FEATURE = """
-from pathlib import Path
-from ml_ensemble.custom_features import custom_feature
-Path({marker!r}).touch()
-
-@custom_feature(window=[3, 0], unit="ratio")
-def range_4(bars):
-    "highest high over lowest low of 4 bars"
-    return bars.high.max() / bars.low.min() - 1
-"""
-
 
 def test_a_custom_feature_of_the_project_folder_is_found_and_the_path_is_left_as_it_was(project, tmp_path):
     (project.parent / "of_the_project.py").write_text(FEATURE.format(marker=str(tmp_path / "ran")))
@@ -341,20 +330,10 @@ def test_an_undeclared_feature_is_named_with_those_that_are_declared(store):
         load_with_custom(store=store, custom=["c:d"])
 
 
-SHADOWS = ("onnxruntime", "yaml", "numpy", "json", "pandas", "typing", "random", "sitecustomize", "usercustomize")
-
-
 @pytest.fixture
 def shadowed(tmp_path, untraced):
     """A project in whose folder files have the names of modules; each leaves a marker if it runs."""
-    folder = tmp_path / "shadowed"
-    (folder / "config/core").mkdir(parents=True)
-    for path in (ROOT / "config/core").iterdir():
-        (folder / "config/core" / path.name).write_bytes(path.read_bytes())
-    for name in SHADOWS:
-        (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r} + chr(10))\nraise ImportError({name!r})\n")
-    (folder / "lab/lab").mkdir(parents=True)                    # where nbconvert looks for the template of a report
-    (folder / "lab/lab/index.html.j2").write_text("{{ cycler.__init__.__globals__.os.system('touch %s') }}" % (tmp_path / "ran"))
+    folder = shadow_modules(tmp_path / "shadowed", tmp_path / "ran")
     simulate_market(300, seed=1)[0].to_csv(folder / "candles.csv")
     return folder
 
@@ -377,17 +356,6 @@ def test_no_module_of_the_working_directory_runs(shadowed):
         done = command(shadowed, *words)
         assert done.returncode == code, (words, done.stderr[-2000:])
     assert not (shadowed.parent / "ran").exists(), (shadowed.parent / "ran").read_text()
-
-
-@pytest.mark.slow
-def test_no_module_of_the_working_directory_runs_in_a_retrain(shadowed):
-    (shadowed / "own_features.py").write_text(FEATURE.format(marker=str(shadowed.parent / "imported")))
-    small = [word for text in (*TINY, "days=150", "min_samples=500", "audit.cuts=2", "features.custom=[own_features:range_4]")
-             for word in ("--set", text)]
-    done = command(shadowed, "retrain", *small, "--json")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert not (shadowed.parent / "ran").exists(), (shadowed.parent / "ran").read_text()
-    assert (shadowed.parent / "imported").exists()                # declared in the configuration, found in the project folder
 
 
 @pytest.mark.parametrize("words", [["export", "--output"], ["candles", "sandbox", "--to"], ["versions", "--plot"], ["keygen"]])

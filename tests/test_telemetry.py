@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, hand_made_payload
-from scratch import clean_environment
+from scratch import FEATURE, clean_environment, shadow_modules
 
 from ml_ensemble.ensemble import restore_ensemble
 from ml_ensemble.versioning import ModelStore
@@ -73,7 +73,7 @@ def watched(tmp_path):
     (places["audit"] / "sitecustomize.py").write_text(AUDIT)
     connections = tmp_path / "connections"
 
-    def run(*command, **variables):
+    def run(*command, folder=None, **variables):
         environment = clean_environment(
             HOME=str(places["home"]), TMPDIR=str(places["temporary"]), ML_ENSEMBLE_MODELS=str(places["models"]),
             PYTHONPATH=str(places["audit"]), CONNECTIONS=str(connections), **variables)
@@ -81,8 +81,9 @@ def watched(tmp_path):
             if name not in variables:
                 environment.pop(name, None)
         isolated = ["unshare", "-rn"] if namespaces() else []
-        done = subprocess.run([*isolated, sys.executable, "-c", LAUNCHER, "isolated" if isolated else "shared",
-                               *map(str, command)], capture_output=True, text=True, env=environment, cwd=places["here"], timeout=300)
+        done = subprocess.run([*isolated, sys.executable, "-P", "-c", LAUNCHER, "isolated" if isolated else "shared",
+                               *map(str, command)], capture_output=True, text=True, env=environment, cwd=folder or places["here"],
+                              timeout=300)
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout)
         attempts = [*result["attempts"].items(), *(connections.read_text().splitlines() if connections.exists() else [])]
@@ -90,7 +91,7 @@ def watched(tmp_path):
                       for path in places[name].rglob("*") if path.is_file())
         return result, attempts, left
 
-    run.store = ModelStore(places["models"])
+    run.store, run.here = ModelStore(places["models"]), places["here"]
     return run
 
 
@@ -145,11 +146,19 @@ def test_a_command_connects_to_nothing(watched, command):
 
 
 @pytest.mark.slow
-def test_a_retrain_with_its_kernel_and_its_probe_connects_to_nothing(watched):
-    words = [word for setting in TINY for word in ("--set", setting)]
-    result, attempts, left = watched(COMMAND, "retrain", "--source", "sandbox", *words)
+def test_a_retrain_connects_to_nothing_and_runs_no_module_of_the_working_directory(watched, tmp_path):
+    """With its kernel, its probe and its report. The folder is a project: a custom feature that it declares is imported."""
+    project = shadow_modules(watched.here / "project", tmp_path / "ran")
+    (project / "own_features.py").write_text(FEATURE.format(marker=str(tmp_path / "imported")))
+    settings = (*TINY, "days=150", "min_samples=500", "audit.cuts=2", "features.custom=[own_features:range_4]")
+    words = [word for setting in settings for word in ("--set", setting)]
+    before = {str(path.relative_to(tmp_path)) for path in project.rglob("*")}
+    result, attempts, left = watched(COMMAND, "retrain", "--source", "sandbox", *words, folder=project)
     assert result["status"] == 0 and watched.store.current() is not None, result["errors"]
-    assert attempts == [] and not_named(left) == []
+    assert not (tmp_path / "ran").exists(), (tmp_path / "ran").read_text()
+    assert (tmp_path / "imported").exists()
+    compiled = r"here/project/__pycache__/own_features\.[^/]*\.pyc"
+    assert attempts == [] and [file for file in not_named(left) if file not in before and not re.fullmatch(compiled, file)] == []
 
 
 def test_an_attempt_would_be_seen(watched):
