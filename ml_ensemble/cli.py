@@ -620,7 +620,7 @@ def rollback(
     "Restore an archived version to production, after loading it in a fresh process."
     reason, store = _check_reason(reason), _store_of(context)
     to = _version_argument(store, to, "--to")
-    from ml_ensemble.training import verify_version
+    from ml_ensemble.verification import verify_version
     facts = store.rollback(reason, to, verify=partial(verify_version, custom=_configure_store(store)))
     _report_change(facts, "back in production", as_json)
 
@@ -735,7 +735,7 @@ def promote_command(
     as_json: _Json = False,
 ):
     "Put a version into production that `retrain --no-promote` has staged, after loading it in a fresh process."
-    from ml_ensemble.training import verify_version
+    from ml_ensemble.verification import verify_version
     store = _store_of(context)
     _version_argument(store, version, "VERSION")
     staged, current = read_staged(store, version)[0], store.current()
@@ -752,7 +752,7 @@ def restore_command(
     reason: Annotated[str, typer.Option(help="Reason, 1 to 1,000 characters; it is recorded in the history.")], as_json: _Json = False,
 ):
     "Put the version of a backup into production again, as a new change, after loading it in a fresh process."
-    from ml_ensemble.training import verify_version
+    from ml_ensemble.verification import verify_version
     reason, store = _check_reason(reason), _store_of(context)
     facts = store.restore(backup, reason, verify=partial(verify_version, custom=_configure_store(store)))
     _report_change(facts, "back in production", as_json)

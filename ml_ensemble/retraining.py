@@ -65,7 +65,8 @@ from .sandbox import best_skill
 from .skill_sources import Money, SkillSources, money_bridge, skill_sources
 from .store_records import MAX_METADATA_BYTES, changed_meaning, decision_settings, meaning, parse_json
 from .trading_costs import entry_delay, side_cost
-from .training import fit_all, make_ensemble, parity_error, probe_artefact, verify_version
+from .training import fit_all, make_ensemble, parity_error
+from .verification import probe_artefact, verify_version
 from .walk_forward import TrainingSet, WalkForwardResult
 from .versioning import MODEL_FILE, ModelStore, present_or_damaged, read_bytes, read_pair, write_store_file
 

@@ -26,7 +26,8 @@ from ml_ensemble.labels import forward_return_labels
 from ml_ensemble.model_file import read_payload
 from ml_ensemble.model_graph import check_graph
 from ml_ensemble.sandbox import simulate_market
-from ml_ensemble.training import fit_all, make_ensemble, probe_artefact, verify_version
+from ml_ensemble.training import fit_all, make_ensemble
+from ml_ensemble.verification import probe_artefact, verify_version
 from ml_ensemble.tree_graph import to_onnx
 from ml_ensemble.versioning import MAX_MODEL_BYTES, ModelStore
 from ml_ensemble.walk_forward import make_training_set

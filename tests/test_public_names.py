@@ -130,9 +130,10 @@ PUBLIC = {
         check_metadata decision_settings history_line meaning parse_history parse_json parse_metadata
     """,
     "text_tables": "TextLayout TextTable read_text_table",
-    "training": "fit_all make_ensemble parity_error probe_artefact trained_proba verify_version",
+    "training": "fit_all make_ensemble parity_error trained_proba",
     "tree_graph": "READERS Tree to_onnx",
     "validation": "CombinatorialPurgedSplit PurgedWalkForward assemble_paths block_edges index_ns walk_forward_splits",
+    "verification": "probe_artefact verify_version",
     "versioning": """
         CHANGES MAX_MODEL_BYTES METADATA_FILE MODEL_FILE ModelStore archived check_reason check_version
         present_or_damaged production_changes put_back read_archived read_bytes read_exact read_history_file
