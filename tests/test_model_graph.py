@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from scratch import clean_environment
 
-from ml_ensemble import FeatureManager, ProductionEnsemble, training
+from ml_ensemble import FeatureManager, ProductionEnsemble, verification
 from ml_ensemble.base_learners import make_learners
 from ml_ensemble.config import load_settings
 from ml_ensemble.core import IntegrityError, ModelNotFoundError, UnsafeModelError
@@ -26,7 +26,7 @@ from ml_ensemble.labels import forward_return_labels
 from ml_ensemble.model_file import read_payload
 from ml_ensemble.model_graph import check_graph
 from ml_ensemble.sandbox import simulate_market
-from ml_ensemble.training import fit_all, make_ensemble
+from ml_ensemble.training import fit_all, make_ensemble, parity_error
 from ml_ensemble.verification import probe_artefact, verify_version
 from ml_ensemble.tree_graph import to_onnx
 from ml_ensemble.versioning import MAX_MODEL_BYTES, ModelStore
@@ -433,7 +433,7 @@ def test_every_graph_that_training_writes_passes_and_predicts_as_the_learners(na
     fit_all(data, learners)
     check_graph(to_onnx(learners, weights, classes, 12), 12, classes)
     model = make_ensemble(data, learners, weights, 0.5)
-    assert training.parity_error(model, data, learners, weights) < 1e-6
+    assert parity_error(model, data, learners, weights) < 1e-6
     with pytest.raises(IntegrityError):
         check_graph(to_onnx(learners, weights, classes, 12), 11, classes)
 
@@ -523,7 +523,7 @@ def test_a_mutated_graph_is_a_named_error_or_a_model_and_never_a_crash(small_mod
 
 
 def test_the_verification_has_a_time_limit(small_model, monkeypatch):
-    monkeypatch.setattr(training, "_PROBE_SECONDS", 0.01)
+    monkeypatch.setattr(verification, "_PROBE_SECONDS", 0.01)
     with pytest.raises(IntegrityError, match="took longer than 0.01 s"):
         probe_artefact(small_model)
 
@@ -533,7 +533,7 @@ def test_the_verification_has_a_time_limit(small_model, monkeypatch):
     ("import sys; sys.stderr.write('x' * 10**8); sys.exit(1)", "could not load model.pkl: xxx"),
     ("print('{' * 10**6)", "returned no figures")])
 def test_a_verification_that_ends_oddly_is_a_short_named_error(small_model, monkeypatch, script, reason):
-    monkeypatch.setattr(training, "_PROBE", script)
+    monkeypatch.setattr(verification, "_PROBE", script)
     with pytest.raises(IntegrityError, match=reason) as refusal:
         probe_artefact(small_model)
     assert len(str(refusal.value)) < 1000
