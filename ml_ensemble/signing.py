@@ -21,10 +21,12 @@ from .core import (ConfigError, SignatureError, canonical_json, iso, read_regula
 _PREFIX = "ed25519:"
 
 def _cryptography():
-    "The Ed25519 module of the package cryptography."
+    "Of the package cryptography: the modules of Ed25519 and of serialization, and the error of a wrong signature."
     with requires_extra("signing"):
+        from cryptography.exceptions import InvalidSignature
+        from cryptography.hazmat.primitives import serialization
         from cryptography.hazmat.primitives.asymmetric import ed25519
-    return ed25519
+    return ed25519, serialization, InvalidSignature
 
 def generate_key(path: str | Path) -> str:
     """Write a new private key to a file that only its owner can read.
@@ -54,9 +56,9 @@ def generate_key(path: str | Path) -> str:
     ...     key[:8], len(key), public_of(f"{folder}/promotion.key") == key
     ('ed25519:', 52, True)
     """
-    private = _cryptography().Ed25519PrivateKey.generate()
-    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-    content = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    ed25519, serialization, _ = _cryptography()
+    private, encoding = ed25519.Ed25519PrivateKey.generate(), serialization.Encoding.PEM
+    content = private.private_bytes(encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except OSError as error:
@@ -73,10 +75,9 @@ def public_text(key) -> str:
 
 def _read_private(path: str | Path):
     "The private key in a file; ConfigError if there is none."
-    ed25519 = _cryptography()
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+    ed25519, serialization, _ = _cryptography()
     try:
-        key = load_pem_private_key(read_regular(path, 10_000), None)
+        key = serialization.load_pem_private_key(read_regular(path, 10_000), None)
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"the signing key {shorten(str(path))} cannot be read ({type(error).__name__})",
                           "Set ML_ENSEMBLE_SIGNING_KEY to a file that `ml-ensemble keygen` wrote.") from error
@@ -104,7 +105,7 @@ def _load_public(text: str):
     "The public key of a text."
     try:
         raw = base64.b64decode(text.removeprefix(_PREFIX).encode(), validate=True)
-        return _cryptography().Ed25519PublicKey.from_public_bytes(raw)
+        return _cryptography()[0].Ed25519PublicKey.from_public_bytes(raw)
     except ValueError as error:
         raise ConfigError(f"the public key {shorten(text)!r} is no Ed25519 key", "Copy the whole line of `ml-ensemble keygen`.") from error
 
@@ -173,11 +174,10 @@ def check_signature(metadata: dict, public: str, now: datetime | None = None) ->
     if signature.get("key") != key_id(public):
         raise SignatureError(f"the metadata of version {version} is signed with the key {shorten(signature.get('key'))}, the "
                              f"configured one is {key_id(public)}", remedy)
-    key = _load_public(public)
-    from cryptography.exceptions import InvalidSignature
+    key, (_, _, wrong) = _load_public(public), _cryptography()
     try:
         key.verify(base64.b64decode(str(signature.get("value")), validate=True), _signed_message(metadata))
-    except (InvalidSignature, ValueError):
+    except (wrong, ValueError):
         raise SignatureError(f"the metadata of version {version} does not match its signature", remedy) from None
     expires = str(metadata.get("expires_at"))
     if now is not None and now >= datetime.fromisoformat(expires):

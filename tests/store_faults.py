@@ -91,7 +91,8 @@ class Writer:
 def work(root: Path, operation: str, injector: Injector | None, report: int, repeat: int = 1) -> None:
     """What a trial's process does; it never returns."""
     warnings.simplefilter("ignore")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT):             # a job in the background may ignore SIGINT
+        signal.signal(number, signal.default_int_handler)
     store, outcome = ModelStore(root), "done"
     if injector:
         injector.patch()

@@ -172,7 +172,7 @@ def test_an_interrupted_retrain_says_so_records_it_and_leaves_production(tmp_pat
 def test_an_unexpected_error_is_text_or_json_and_no_traceback(call, monkeypatch):
     def broken(self):
         raise KeyError("surprise")
-    monkeypatch.setattr(ModelStore, "history", broken)
+    monkeypatch.setattr(ModelStore, "versions", broken)
     done = call("history", "--json")
     assert done.returncode == 1 and json.loads(done.stdout)["problem"] == "KeyError: 'surprise'"
-    assert "Traceback" not in call("history").stderr and "-X dev" in call("history").stderr
+    assert "Traceback" not in call("versions").stderr and "-X dev" in call("versions").stderr

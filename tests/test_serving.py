@@ -374,7 +374,7 @@ def test_reload_replaces_the_version_and_keeps_the_stream(store):
 def test_nothing_is_read_while_nothing_changes(store, monkeypatch):
     store.promote(sandbox_ensemble().to_bytes(), DATED)
     model = ProductionEnsemble(store=store)
-    monkeypatch.setattr(serving, "read_metadata", lambda *path: pytest.fail("the metadata was read"))
+    monkeypatch.setattr(serving, "read_signed", lambda *path: pytest.fail("the metadata was read"))
     assert model.reload_if_changed() is False
     store.promote(sandbox_ensemble(seed=2).to_bytes(), DATED)
     with pytest.raises(pytest.fail.Exception):
