@@ -134,10 +134,12 @@ def test_a_full_disk_is_an_error_only_where_production_is_unchanged(store, step,
 
     def full(handle):
         nonlocal calls
+        if not os.readlink(f"/proc/self/fd/{handle}").startswith(str(store.root)):
+            return whole(handle)                           # a file of somebody else in this process
         calls += 1
         if calls == step:
             raise OSError(28, "No space left on device")
-        whole(handle)
+        return whole(handle)
 
     monkeypatch.setattr(os, "fsync", full)
     try:
