@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .candle_columns import ReadOptions, candles_of, find_roles, known_headings, table_with_time
-from .core import ConfigError, DataError, EmptyDataError, MarkdownRepr, MLEnsembleError, requires_extra
+from .core import ConfigError, DataError, EmptyDataError, MarkdownRepr, MLEnsembleError, requires_extra, working_directory
 from .text_tables import read_text_table
 
 with requires_extra():
@@ -76,11 +76,7 @@ def expand_path(path: str | Path) -> Path:
 def absolute_path(path: str | Path, folder: Path | None = None) -> Path:
     "The same, relative to `folder` or to the working directory; ConfigError if that was deleted."
     expanded = expand_path(path)
-    try:
-        return expanded if expanded.is_absolute() else (folder or Path.cwd()) / expanded
-    except OSError as error:
-        raise ConfigError("the working directory does not exist any more",
-                          "Change to another folder, or name the file by its absolute path.") from error
+    return expanded if expanded.is_absolute() else (folder or working_directory()) / expanded
 
 # %% ../nbs/25_candle_files.ipynb #42017c63
 def _tables_in(value, depth: int = 0) -> Iterator[pd.DataFrame]:

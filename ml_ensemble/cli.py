@@ -10,13 +10,11 @@ __all__ = ['app', 'run_command', 'cli_main', 'retrain_command', 'candles_command
 
 # %% ../nbs/54_cli.ipynb #d27af15f
 import contextlib
-import errno
 import io
 import json
 import os
 import select
 import signal
-import stat
 import sys
 import traceback
 import unicodedata
@@ -28,8 +26,10 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 
-from .core import (ConfigError, MissingExtraError, MLEnsembleError, StoreError, models_dir, readable_json,
-                              requires_extra, shorten, utc_now, write_atomic)
+from ml_ensemble.core import (
+    check_replaceable, ConfigError, explain_os_error, MissingExtraError, MLEnsembleError, models_dir,
+    readable_json, requires_extra, shorten, StoreError, utc_now, write_atomic,
+)
 
 with requires_extra():
     import typer
@@ -38,7 +38,7 @@ with requires_extra():
     from rich.table import Table
 
 from .store_records import changed_meaning, decision_settings
-from .versioning import ModelStore, archived, present_or_damaged, read_history_file, read_staged
+from .versioning import ModelStore, check_reason, check_version, present_or_damaged, read_history_file, read_staged
 
 # %% ../nbs/54_cli.ipynb #1ec4586d
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -151,20 +151,11 @@ def _ending(error: BaseException) -> _Ending:
     if _pipe_closed(error):
         return _Ending(MLEnsembleError("the reader of the output closed it", _AGAIN), _CLOSED)
     if isinstance(error, OSError):
-        return _Ending(MLEnsembleError(*_explain_os_error(error)), _FAILED)
+        problem, remedy = explain_os_error(error)
+        return _Ending(MLEnsembleError(problem, f"Production was not changed. {remedy}, then run the command again."), _FAILED)
     where = (" `python -P -X dev -m ml_ensemble.cli` with the same arguments shows "
                                                    "where it happened.")
     return _Ending(MLEnsembleError(f"{type(error).__name__}: {error}", f"{_AGAIN}{where}"), _FAILED)
-
-def _explain_os_error(error: OSError) -> tuple[str, str]:
-    "Problem and remedy of an error of the operating system."
-    where = f"{error.filename}: " if error.filename else ""
-    remedies = {errno.ENOSPC: "Free some space on the disk", errno.EDQUOT: "Free some space on the disk",
-                errno.EACCES: "Run it as a user who may write there", errno.EPERM: "Run it as a user who may write there",
-                errno.EROFS: "The disk is read-only"}
-    remedy = remedies.get(error.errno or 0, "Remove the cause")
-    return (f"{where}{error.strerror or error} ({type(error).__name__})",
-            f"Production was not changed. {remedy}, then run the command again.")
 
 def _ending_after(change: dict, error: BaseException) -> _Ending:
     "Message and exit code of an exception after production was changed."
@@ -291,25 +282,19 @@ def _decoded_words(words: Sequence[str]) -> list[str]:
 
 def _check_reason(reason: str) -> str:
     "The reason of a rollback; ConfigError if it is empty, too long, or has control characters."
-    if not reason.strip():
-        raise ConfigError("--reason is empty", "Pass a reason: `ml-ensemble rollback --reason \"...\"`.")
-    if len(reason) > 1000:
-        raise ConfigError(f"--reason has {len(reason):,} characters", "The limit is 1,000.")
-    if any(c != "\n" and unicodedata.category(c) in ("Cc", "Cs") for c in reason):
-        raise ConfigError("--reason has a control character, or bytes that are not UTF-8",
-                          "Pass plain text; new lines are allowed.")
+    try:
+        check_reason(reason)
+    except StoreError as error:
+        raise ConfigError(error.problem.replace("the reason", "--reason", 1),
+                          "Pass 1 to 1,000 characters of plain text; new lines are allowed.") from error
     return reason
 
-def _version_argument(store: ModelStore, version: str | None, option: str) -> str | None:
+def _version_argument(version: str | None, option: str) -> str | None:
     "The name of a version, or None; ConfigError for any other text."
     try:
-        if version is not None and len(version) > 30:
-            raise StoreError("", "Versions look like 20250904-0007; see `ml-ensemble history`.")
-        if version is not None:
-            archived(store, version)
+        return None if version is None else check_version(version)
     except StoreError as error:
-        raise ConfigError(f"{option} is {str(version)[:100]!r}, which is not a version", error.remedy) from error
-    return version
+        raise ConfigError(f"{option} is {shorten(version)!r}, which is not a version", error.remedy) from error
 
 # %% ../nbs/54_cli.ipynb #53a00011
 def _models_folder() -> Path:
@@ -323,13 +308,10 @@ def _check_output(path: Path) -> Path:
     "The file to write, after symbolic links; ConfigError if it is no regular file, or its folder does not exist."
     try:
         target = path.resolve()
-        mode = path.stat().st_mode if path.exists() else None
         has_folder = target.parent.is_dir()
     except (OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"{str(path)[:200]!r} cannot be written ({error})", "Name a file in a folder that exists.") from error
-    if mode is not None and not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
-        raise ConfigError(f"{target} is {kind}", "Name a regular file.")
+        raise ConfigError(f"{shorten(str(path))!r} cannot be written ({error})", "Name a file in a folder that exists.") from error
+    check_replaceable(target)
     if target.is_relative_to(_models_folder()):
         raise ConfigError(f"{target} is in the model store", "Name a file outside of it: the store writes its files itself.")
     if path.name == "-":
@@ -619,7 +601,7 @@ def rollback(
 ):
     "Restore an archived version to production, after loading it in a fresh process."
     reason, store = _check_reason(reason), _store_of(context)
-    to = _version_argument(store, to, "--to")
+    to = _version_argument(to, "--to")
     from ml_ensemble.verification import verify_version
     facts = store.rollback(reason, to, verify=partial(verify_version, custom=_configure_store(store)))
     _report_change(facts, "back in production", as_json)
@@ -671,7 +653,7 @@ def show_command(context: typer.Context, version: Annotated[str | None, typer.Ar
         help="A version. Default: the one in production.")] = None, as_json: _Json = False):
     "Show the metadata of a version: data, configuration, figures, verdict, events."
     store = _store_of(context)
-    version = _version_argument(store, version, "VERSION")
+    version = _version_argument(version, "VERSION")
     facts = read_staged(store, version)[0] if version in store.staged() else store.read(version)[0]
     events = [event for event in store.history() if event.get("version") == facts["version"]][-100:]
     if as_json:
@@ -691,8 +673,8 @@ def diff_command(
 ):
     "Compare two versions: figures with intervals, meaning of a decision, configuration, weights, data, packages."
     store = _store_of(context)
-    _version_argument(store, old, "OLD")
-    new = _version_argument(store, new, "NEW") or store.read()[0]["version"]
+    _version_argument(old, "OLD")
+    new = _version_argument(new, "NEW") or store.read()[0]["version"]
     from ml_ensemble.versions import diff_versions
     diff = diff_versions(store, old, new)
     if as_json:
@@ -737,7 +719,7 @@ def promote_command(
     "Put a version into production that `retrain --no-promote` has staged, after loading it in a fresh process."
     from ml_ensemble.verification import verify_version
     store = _store_of(context)
-    _version_argument(store, version, "VERSION")
+    _version_argument(version, "VERSION")
     staged, current = read_staged(store, version)[0], store.current()
     changed = changed_meaning(decision_settings(current), decision_settings(staged)) if current else []
     if changed and not accept_change:
@@ -763,7 +745,7 @@ def pin_command(context: typer.Context, version: Annotated[str, typer.Argument(h
                 reason: Annotated[str, typer.Option(help="Reason, 1 to 1,000 characters.")], as_json: _Json = False):
     "Keep an archived version for good."
     store = _store_of(context)
-    _version_argument(store, version, "VERSION")
+    _version_argument(version, "VERSION")
     store.pin(version, _check_reason(reason))
     print(readable_json({"pinned": store.pins()}), end="") if as_json else _console().print(f"Version {version} is pinned.")
 
@@ -771,7 +753,7 @@ def pin_command(context: typer.Context, version: Annotated[str, typer.Argument(h
 def unpin_command(context: typer.Context, version: Annotated[str, typer.Argument(help="A pinned version.")], as_json: _Json = False):
     "Let the policy delete a pinned version again."
     store = _store_of(context)
-    _version_argument(store, version, "VERSION")
+    _version_argument(version, "VERSION")
     store.unpin(version)
     print(readable_json({"pinned": store.pins()}), end="") if as_json else _console().print(f"Version {version} is not pinned any more.")
 
@@ -838,7 +820,7 @@ def predict(
     from ml_ensemble.recipe import feature_manager
     from ml_ensemble.ensemble import ProductionEnsemble, closed_bars
     from ml_ensemble.retraining import get_market, run_overrides
-    version = _version_argument(_store_of(context), version, "--version")
+    version = _version_argument(version, "--version")
     settings = load_settings(["data.min_bars=100", *(set_ or ()), *run_overrides(source, days)])
     manager = feature_manager(settings)
     model = ProductionEnsemble(version, _store_of(context), manager)
@@ -911,7 +893,7 @@ def export(
         raise ConfigError(f"--to is {to[:100]!r}", "Use onnx, the only supported format.")
     from ml_ensemble.onnx_export import export_onnx, load_with_custom
     store, target = _store_of(context), _check_output(output) if output is not None else None
-    model = load_with_custom(_version_argument(store, version, "--version"), store)
+    model = load_with_custom(_version_argument(version, "--version"), store)
     info = model.get_model_info()
     path = export_onnx(model, target or _check_output(Path(f"ml_ensemble_{info['version']}.onnx")))
     result = {"file": str(path), "size_bytes": path.stat().st_size, "version": info["version"],

@@ -12,14 +12,13 @@ __all__ = ['Section', 'DataSettings', 'FeatureSettings', 'LabelSettings', 'Valid
 # %% ../nbs/21_config.ipynb #9382d4ca
 import os
 import re
-import stat
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from html import escape
 from pathlib import Path
 from typing import Annotated, Literal
 
-from .core import ConfigError, canonical_json, core_file, find_project, requires_extra
+from .core import ConfigError, canonical_json, core_file, find_project, read_regular, requires_extra, shorten
 
 with requires_extra():
     import yaml
@@ -267,22 +266,11 @@ def _parse_yaml(text: str):
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ValueError(f"{error.problem}{place}") from error
     except yaml.YAMLError as error:
-        raise ValueError(_shortened(" ".join(str(error).split()), 200)) from error
-
-def _shortened(text: str, limit: int = 100) -> str:
-    "The beginning of a text, for a message."
-    return text if len(text) <= limit else f"{text[:limit]} ... ({len(text):,} characters)"
+        raise ValueError(shorten(" ".join(str(error).split()), 200)) from error
 
 def _settings_text(path: Path) -> str:
     "Content of a settings file: a regular file of at most 1 MB, in UTF-8. OSError or ValueError otherwise."
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)          # opening a named pipe must not wait for its writer
-    with open(handle, "rb") as file:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is not a regular file")
-        if status.st_size > _MAX_FILE:
-            raise ValueError(f"it has {status.st_size:,} bytes, the limit is {_MAX_FILE:,}")
-        return file.read(_MAX_FILE + 1).decode("utf-8")
+    return read_regular(path, _MAX_FILE).decode("utf-8")
 
 def _read_yaml(path: Path) -> dict:
     "Read a settings file: a mapping with text keys, in UTF-8."
@@ -314,7 +302,7 @@ def _parse_text(learner: str, name: str, value):
     try:
         return _parse_yaml(value)
     except ValueError as error:
-        raise ConfigError(f"the value {_shortened(value)!r} of {name} of {learner} is not YAML of a setting ({error})",
+        raise ConfigError(f"the value {shorten(value)!r} of {name} of {learner} is not YAML of a setting ({error})",
                           "For example: [1, 0, 0].") from error
 
 # %% ../nbs/21_config.ipynb #d1646352
@@ -385,7 +373,7 @@ def _overlay_folder(name: str) -> Path:
         return folder / name
     entries = folder.iterdir() if folder and folder.is_dir() else []
     known = ", ".join(sorted(path.name for path in entries if path.is_dir() and path.name != "core")) or "none"
-    raise ConfigError(f"ML_ENSEMBLE_ENV is {_shortened(name)!r}, but there is no config/{_shortened(name)} in {root or 'a project'}",
+    raise ConfigError(f"ML_ENSEMBLE_ENV is {shorten(name)!r}, but there is no config/{shorten(name)} in {root or 'a project'}",
                       f"Available: {known}. ML_ENSEMBLE_ROOT names the folder that contains config/.")
 
 def _config_files() -> list[Path]:
@@ -413,14 +401,14 @@ def core_tree() -> dict:
 def expand_override(text: str, paths: list[str]) -> dict[str, object]:
     "`key=value` as {full path: value}, one entry for each setting that it applies to."
     if len(text) > _MAX_TEXT:
-        raise ConfigError(f"--set {_shortened(text)!r} is too long", f"The limit is {_MAX_TEXT:,} characters.")
+        raise ConfigError(f"--set {shorten(text)!r} is too long", f"The limit is {_MAX_TEXT:,} characters.")
     key, equals, value = text.partition("=")
     key = key.strip()
     if not equals or not key:
-        raise ConfigError(f"--set {_shortened(text)!r} is not key=value", "For example: --set labels.horizon=3")
+        raise ConfigError(f"--set {shorten(text)!r} is not key=value", "For example: --set labels.horizon=3")
     matched = [path for path in paths if path == key or path.endswith("." + key)] or _learner_path(key)
     if not matched:
-        raise ConfigError(f"there is no setting {_shortened(key)!r}", _nearest_setting(key, paths))
+        raise ConfigError(f"there is no setting {shorten(key)!r}", _nearest_setting(key, paths))
     return dict.fromkeys(matched, _override_value(text, value))
 
 def _override_value(text: str, value: str):
@@ -432,7 +420,7 @@ def _override_value(text: str, value: str):
             return value.strip()
         return _parse_yaml(value)
     except ValueError as error:
-        raise ConfigError(f"the value of --set {_shortened(text)!r} is not YAML of a setting ({error})",
+        raise ConfigError(f"the value of --set {shorten(text)!r} is not YAML of a setting ({error})",
                           "For example: --set data.repairs=[sort]") from error
 
 # %% ../nbs/21_config.ipynb #3493982b
@@ -469,7 +457,7 @@ def _check_environment() -> None:
     for name, value in os.environ.items():
         if not name.upper().startswith("ML_ENSEMBLE_"):
             continue
-        shown = _shortened(name.encode("ascii", "backslashreplace").decode())
+        shown = shorten(name.encode("ascii", "backslashreplace").decode())
         if name not in _NOT_SETTINGS:
             section = name[len("ML_ENSEMBLE_"):].split("__")[0].upper()
             if section not in sections or len(name) > 200:
@@ -489,8 +477,8 @@ def _explain(error: ValidationError) -> ConfigError:
         if not fault["loc"]:                     # concerns several settings, which the message contains
             messages.append(fault["msg"].removeprefix("Value error, "))
             continue
-        path = _shortened(".".join(str(part) for part in fault["loc"]))
-        value = "" if fault["type"] in ("missing", "extra_forbidden") else f" (found {_shortened(repr(fault['input']))})"
+        path = shorten(".".join(str(part) for part in fault["loc"]))
+        value = "" if fault["type"] in ("missing", "extra_forbidden") else f" (found {shorten(repr(fault['input']))})"
         problem = {"extra_forbidden": "is no setting", "missing": "is missing"}.get(fault["type"], fault["msg"])
         messages.append(f"{path}: {problem}{value}")
     messages += [f"and {len(faults) - 10:,} more"] if len(faults) > 10 else []
@@ -515,7 +503,7 @@ def load_settings(overrides: list[str] | tuple[str, ...] = ()) -> Settings:
         raise _explain(error) from error
     except (SettingsError, RecursionError) as error:
         reason = f" ({error.__cause__})" if isinstance(error.__cause__, ValueError) else ""
-        raise ConfigError(_shortened(f"{error}{reason}", 500),
+        raise ConfigError(shorten(f"{error}{reason}", 500),
                           "Write lists and nested values of environment variables as JSON: [\"sort\"].") from error
 
 # %% ../nbs/21_config.ipynb #8479597b

@@ -10,10 +10,11 @@ __all__ = ['shorten', 'MLEnsembleError', 'ConfigError', 'DataError', 'FeatureErr
            'ModelNotFoundError', 'IntegrityError', 'LFSPointerError', 'UnsafeModelError', 'SignatureError',
            'ChangedMeaningError', 'StaleStoreError', 'MissingExtraError', 'requires_extra', 'canonical_json',
            'readable_json', 'sha256_hex', 'sync_directory', 'check_replaceable', 'write_atomic', 'read_regular',
-           'utc_now', 'iso', 'working_directory', 'find_project', 'project_root', 'core_file', 'page_file',
-           'models_dir', 'version_id', 'usable_cpus', 'n_threads', 'in_threads', 'MarkdownRepr']
+           'utc_now', 'iso', 'working_directory', 'explain_os_error', 'find_project', 'project_root', 'core_file',
+           'page_file', 'models_dir', 'version_id', 'usable_cpus', 'n_threads', 'in_threads', 'MarkdownRepr']
 
 # %% ../nbs/00_core.ipynb #dd71e0b3
+import errno
 import hashlib
 import json
 import os
@@ -325,6 +326,15 @@ def working_directory() -> Path:
     except OSError as error:
         raise ConfigError("the working directory does not exist any more", "Change to another folder, for example: cd ~"
                           ) from error
+
+def explain_os_error(error: OSError) -> tuple[str, str]:
+    "Problem and remedy of an error of the operating system, without a full stop."
+    where = f"{error.filename}: " if error.filename else ""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedies = {errno.EACCES: "Run it as a user who may write there", errno.EPERM: "Run it as a user who may write there",
+                errno.EROFS: "Make the disk writable"}
+    remedy = "Free some space on the disk" if full else remedies.get(error.errno or 0, "Remove the cause")
+    return f"{'the disk is full: ' * full}{where}{error.strerror or error} ({type(error).__name__})", remedy
 
 def find_project(start: str | Path | None = None) -> Path | None:
     "The project: `ML_ENSEMBLE_ROOT`, the nearest folder upwards with a configuration, the package's clone, or None."

@@ -12,7 +12,6 @@ __all__ = ['STAGED', 'NO_NEW_BARS', 'get_market', 'label_balance', 'check_first_
 
 # %% ../nbs/51_retraining.ipynb #cd0d80eb
 import ast
-import errno
 import json
 import pickle
 import platform
@@ -33,8 +32,9 @@ from warnings import warn
 import numpy as np
 
 from ml_ensemble.core import (
-    ConfigError, DataError, MLEnsembleError, MarkdownRepr, MissingExtraError, RetrainError, StaleDataError, core_file,
-    find_project, iso, page_file, read_regular, readable_json, requires_extra, sha256_hex, shorten, working_directory, write_atomic,
+    ConfigError, core_file, DataError, explain_os_error, find_project, iso, MarkdownRepr, MissingExtraError, MLEnsembleError,
+    page_file, read_regular, readable_json, requires_extra, RetrainError, sha256_hex, shorten, StaleDataError,
+    working_directory, write_atomic,
 )
 
 with requires_extra():
@@ -900,12 +900,11 @@ _FULL = 5e6      # bytes; with less free space, nothing can be written
 def _explain_failure(store: ModelStore, error: BaseException) -> tuple[str, str]:
     "Problem and remedy of an error that has none, with the state of production and of the disk."
     state = _production_state(store)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full: {error.filename or store.root} could not be written", f"Free some space. {state}"
-    if disk := _full_disk(store):
-        return f"{disk}, and the retrain stopped with {type(error).__name__}: {error}", f"Free some space. {state}"
     if isinstance(error, OSError):
-        return f"{type(error).__name__}: {error}", f"{state} Run the same command again when the cause is mended."
+        problem, remedy = explain_os_error(error)
+        return problem, f"{state} {remedy}, then run the command again."
+    if disk := _full_disk(store):
+        return f"{disk}, and the retrain stopped with {type(error).__name__}: {error}", f"{state} Free some space on the disk."
     return f"the retrain stopped with {type(error).__name__}: {error}", f"{state} Run `ml-ensemble retrain --verbose`."
 
 def _full_disk(store: ModelStore) -> str:

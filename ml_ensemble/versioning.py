@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import threading
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -1115,14 +1116,14 @@ def _roll_back(store: ModelStore, reason: str, version: str | None, verify) -> d
     return change.metadata
 
 def check_reason(reason: str) -> None:
-    "Raise StoreError for a reason that is empty, too long, or cannot be written as UTF-8."
+    "Raise StoreError for a reason that is empty, too long, or not plain text; new lines are allowed."
     remedy = "Pass a reason, for example: `ml-ensemble rollback --reason \"...\"`."
     if not reason.strip():
         raise StoreError("the reason is empty", remedy)
     if len(reason) > 1000:
         raise StoreError(f"the reason has {len(reason):,} characters, the limit is 1,000", remedy)
-    if any(0xD800 <= ord(character) <= 0xDFFF or character == "\0" for character in reason):
-        raise StoreError(f"the reason {shorten(reason)!a} is not valid text", remedy)
+    if any(character != "\n" and unicodedata.category(character) in ("Cc", "Cs") for character in reason):
+        raise StoreError(f"the reason {shorten(reason)!a} has a control character, or bytes that are not UTF-8", remedy)
 
 def _read_before(store: ModelStore, current: dict | None) -> tuple[dict, bytes]:
     "The newest intact version that was in production before the current one."

@@ -31,6 +31,7 @@ def run(*words, **how) -> subprocess.CompletedProcess:
 
 
 PYTHON = sys.executable
+SLOWED = 3 if sys.gettrace() else 1            # how much longer a process takes while coverage counts its lines
 
 SHADOWS = ("onnxruntime", "yaml", "numpy", "json", "pandas", "typing", "random", "sitecustomize", "usercustomize")
 FEATURE = """

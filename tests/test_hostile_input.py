@@ -23,9 +23,9 @@ from ml_ensemble.custom_features import load_custom
 from ml_ensemble.ensemble import restore_ensemble
 from ml_ensemble.onnx_export import load_with_custom
 from ml_ensemble.sandbox import simulate_market
-from scratch import FEATURE, ROOT, shadow_modules
+from scratch import FEATURE, ROOT, SLOWED, shadow_modules
 
-SECONDS, MEGABYTES = 6, 300        # of the processor: 2, three times that where coverage counts lines
+SECONDS, MEGABYTES = 2 * SLOWED, 300
 
 
 @pytest.fixture

@@ -51,9 +51,9 @@ PUBLIC = {
         MarkdownRepr MissingColumnError MissingExtraError MissingValueError ModelNotFoundError NegativeValueError
         NotATableError RetrainError SignatureError StaleDataError StaleStoreError StoreError TimestampError
         TooShortError UnsafeModelError UnsortedError ValidationError canonical_json check_replaceable core_file
-        find_project in_threads iso models_dir n_threads page_file project_root read_regular readable_json
-        requires_extra sha256_hex shorten sync_directory usable_cpus utc_now version_id working_directory
-        write_atomic
+        explain_os_error find_project in_threads iso models_dir n_threads page_file project_root read_regular
+        readable_json requires_extra sha256_hex shorten sync_directory usable_cpus utc_now version_id
+        working_directory write_atomic
     """,
     "custom_features": "CustomFeature Window WindowBuffer custom_columns custom_feature load_custom",
     "ensemble": "ProductionEnsemble canary_rows closed_bars load_file metadata_beside restore_ensemble",

@@ -10,13 +10,14 @@ import threading
 from datetime import datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
 import pytest
 
 from conftest import QUICK, TINY, hand_made_payload
-from ml_ensemble import FeatureManager, ModelStore, ProductionEnsemble, retrain
+from ml_ensemble import FeatureManager, ModelStore, ProductionEnsemble, retrain, retraining
 from ml_ensemble.config import load_settings
 from ml_ensemble.core import ConfigError, FeatureError, IntegrityError, RetrainError, sha256_hex
 from ml_ensemble.custom_features import load_custom
@@ -380,6 +381,17 @@ def test_metadata_that_is_wrong_or_without_figures_is_a_finding_and_no_crash(tra
     assert production.status == "fault" and "created_at is yesterday" in production.seen and "check --repair" in production.remedy
     path.write_text(json.dumps({name: value for name, value in facts.items() if name != "metrics"}))
     assert {f.part: f.status for f in diagnose(trained_copy).findings}["figures"] == "fault"
+
+
+@pytest.mark.parametrize("fault", [OSError(28, "No space left on device", "models/reports/x.ipynb"), RuntimeError("the kernel died")])
+def test_a_full_disk_is_named_wherever_it_strikes(store, monkeypatch, fault):
+    def run(*args, **kwargs):
+        raise fault
+    monkeypatch.setattr(retraining, "execute", run)                              # papermill, or the kernel that it starts
+    monkeypatch.setattr(retraining.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+    with pytest.raises(RetrainError, match=r"disk .*is full.*Production was not changed.*Free some space"):
+        retrain(overrides=TINY, store=store, show_progress=False)
+    assert store.history()[-1]["kind"] == "failure" and not list((store.root / ".staging").iterdir())
 
 
 # --- without new bars -------------------------------------------------------------------------------------------------

@@ -1,15 +1,17 @@
 """The store as an attacker, a killed process or a clumsy copy leaves it: what serves, what is refused, what is repaired."""
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
 import time
+import tracemalloc
 import warnings
 from pathlib import Path
 
 import pytest
+
+from scratch import SLOWED
 
 from ml_ensemble.core import IntegrityError, ModelNotFoundError, StoreError
 from ml_ensemble.monitoring import diagnose
@@ -245,16 +247,18 @@ def test_malformed_metadata_is_a_named_error_and_the_archived_copy_serves(store)
     assert len(CASES) > 180
     store.promote(MODEL, {"created_at": "2025-09-01T00:00:00Z"})
     sound = store.current()
+    tracemalloc.start()
     for name, (field, value) in CASES.items():
         content = value if field is None else json.dumps(with_field(sound, field, value)).encode()
         (store.production / METADATA_FILE).write_bytes(content)
-        start = time.perf_counter()
+        start = time.process_time()
         with pytest.raises(IntegrityError) as caught:
             store.current()
         assert len(str(caught.value)) < 3000 and (field is None or field.split(".")[0] in caught.value.problem), name
         assert quiet_read(store)[1] == MODEL, name
-        assert time.perf_counter() - start < 20, name
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2_000_000            # of the whole test process, in KB
+        assert time.process_time() - start < 2 * SLOWED, name
+    assert tracemalloc.get_traced_memory()[1] < 300e6
+    tracemalloc.stop()
 
 
 def test_malformed_history_lines_are_skipped_and_reported(store):
@@ -320,7 +324,7 @@ def test_repair_restores_damaged_metadata_after_a_rollback_with_its_sequence(sto
     facts = store.rollback("lost money")
     (store.production / METADATA_FILE).write_text("{")
     assert "restored the files" in store.repair()[0]
-    assert {**store.current(), "x": 1} == {**facts, "x": 1} and store.read()[1] == b"first"
+    assert store.current() == facts and store.read()[1] == b"first"
 
 
 def test_repair_never_decides_for_an_older_version(store):
