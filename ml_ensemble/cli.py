@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'run_command', 'cli_main', 'retrain_command', 'candles_command', 'check', 'audit_command', 'history',
            'rollback', 'backup', 'versions_command', 'show_command', 'diff_command', 'verify_command',
-           'promote_command', 'restore_command', 'pin_command', 'unpin_command', 'prune_command', 'keygen_command',
-           'publish_command', 'predict', 'export']
+           'promote_command', 'restore_command', 'pin_command', 'unpin_command', 'prune_command', 'sign_command',
+           'keygen_command', 'publish_command', 'predict', 'export']
 
 # %% ../nbs/54_cli.ipynb #d27af15f
 import contextlib
@@ -689,13 +689,15 @@ def diff_command(
 @app.command("verify")
 def verify_command(context: typer.Context, as_json: _Json = False):
     "Check every file of the store against its hash, and the history line by line. Exit with code 1 if there is a fault."
-    findings = _store_of(context).verify()
+    store = _store_of(context)
+    findings, empty = store.verify(), not store.versions() and store.current() is None
     if as_json:
         print(readable_json({"intact": not findings, "findings": [shorten(finding, 1000) for finding in findings]}), end="")
     else:
         for finding in findings:
             _console().print(f"[bold red]fault[/] {_plain(shorten(finding, 1000))}", soft_wrap=True)
-        _console().print("[bold red]Not intact.[/]" if findings else "[green]Every file is intact.[/]")
+        _console().print("[bold red]Not intact.[/]" if findings else "The store is empty." if empty else
+                         "[green]Every file is intact.[/]")
     if findings:
         raise typer.Exit(_FAILED)
 
@@ -769,6 +771,15 @@ def prune_command(context: typer.Context, dry_run: Annotated[bool, typer.Option(
     else:
         what = "Would be deleted" if dry_run else "Deleted"
         _console().print(f"{what}: {_plain(', '.join(names)) or 'nothing'}", soft_wrap=True)
+
+@app.command("sign")
+def sign_command(context: typer.Context,
+                 reason: Annotated[str, typer.Option(help="Reason, 1 to 1,000 characters; it is recorded in the history.")],
+                 as_json: _Json = False):
+    "Sign a store that was not signed, or with another key (ML_ENSEMBLE_SIGNING_KEY). You vouch for its files as they are."
+    reason, store = _check_reason(reason), _store_of(context)
+    _configure_store(store)
+    _report_change(store.sign(reason), "signed and in production", as_json)
 
 @app.command("keygen")
 def keygen_command(path: Annotated[Path, typer.Argument(help="File of the new private key, outside models/.")], as_json: _Json = False):

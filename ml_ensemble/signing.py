@@ -44,7 +44,7 @@ def generate_key(path: str | Path) -> str:
     Raises
     ------
     ConfigError
-        The file exists, or its folder does not.
+        One of the two files exists, or their folder does not.
     MissingExtraError
         The package cryptography is not installed.
 
@@ -59,14 +59,17 @@ def generate_key(path: str | Path) -> str:
     ed25519, serialization, _ = _cryptography()
     private, encoding = ed25519.Ed25519PrivateKey.generate(), serialization.Encoding.PEM
     content = private.private_bytes(encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    beside = Path(f"{path}.pub")
     try:
+        if os.path.lexists(beside):
+            raise FileExistsError(17, "File exists", str(beside))
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be created ({error.strerror})", "Name a new file in an existing folder.") from error
+        raise ConfigError(f"{error.filename} cannot be created ({error.strerror})", "Name a new file in an existing folder.") from error
     with os.fdopen(handle, "wb") as file:
         file.write(content)
     public = public_text(private.public_key())
-    write_atomic(Path(f"{path}.pub"), public + "\n")
+    write_atomic(beside, public + "\n")
     return public
 
 def public_text(key) -> str:
@@ -168,7 +171,7 @@ def check_signature(metadata: dict, public: str, now: datetime | None = None) ->
         It is unsigned, signed with another key, changed after it was signed, or expired.
     """
     signature, version = metadata.get("signature"), metadata.get("version")
-    remedy = "Do not use it. If you promoted it yourself, promote it again with the signing key."
+    remedy = ("Do not use it. If you know that the store is as you left it, run `ml-ensemble sign` with the signing key.")
     if not isinstance(signature, dict):
         raise SignatureError(f"the metadata of version {version} is not signed", remedy)
     if signature.get("key") != key_id(public):

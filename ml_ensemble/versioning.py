@@ -20,6 +20,7 @@ import threading
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -31,7 +32,7 @@ from warnings import warn
 from .core import (ConfigError, IntegrityError, LFSPointerError, MLEnsembleError, ModelNotFoundError, StaleStoreError,
                               StoreError, check_replaceable, iso, models_dir, read_regular, readable_json, requires_extra, sha256_hex,
                               shorten, sync_directory, utc_now, version_id, write_atomic)
-from .signing import check_mark, check_signature, raise_mark, read_mark, sign_metadata
+from .signing import check_mark, check_signature, public_of, raise_mark, read_mark, sign_metadata
 from .signing import public_key as load_public_key
 from .store_records import (MAX_HISTORY_BYTES, MAX_METADATA_BYTES, MAX_SEQUENCE, VERSION, check_chain,
                                        check_metadata, history_line, parse_history, parse_json, parse_metadata)
@@ -292,9 +293,9 @@ class ModelStore(_StoreReader):
     ------
     ConfigError
         There is no `root`, `ML_ENSEMBLE_MODELS` is not set, and the current folder is not in a project; or the public key
-        is no key.
+        is no key, the signing key cannot be read, or the two do not belong together.
     MissingExtraError
-        There is a public key, and the package cryptography is not installed.
+        There is a key, and the package cryptography is not installed.
 
     Examples
     --------
@@ -319,6 +320,7 @@ class ModelStore(_StoreReader):
         key = public_key or os.environ.get("ML_ENSEMBLE_PUBLIC_KEY")
         self.public_key = load_public_key(key) if key else None
         self.signing_key, self.signature_days = signing_key or os.environ.get("ML_ENSEMBLE_SIGNING_KEY"), 60.0
+        _check_keys(self)
         self.last_change: dict | None = None
         self._lock: Any = None           # a filelock.FileLock, which counts nested uses
 
@@ -545,6 +547,39 @@ class ModelStore(_StoreReader):
             folder = _backup_pair(self)
             _prune(self)
         return folder
+
+    def sign(self, reason: str) -> dict:
+        """Sign the versions of the store with the signing key, and put the version in production there as a signed change.
+
+        For a store that was not signed, or was signed with another key. Whoever calls it vouches for the files as they are.
+
+        Parameters
+        ----------
+        reason : str
+            As in `rollback`.
+
+        Returns
+        -------
+        dict
+            The metadata in production, with the next sequence number.
+
+        Raises
+        ------
+        ConfigError
+            There is no signing key.
+        ModelNotFoundError
+            There is no version in production.
+        IntegrityError, StoreError, OSError, MissingExtraError, KeyboardInterrupt
+            As in `rollback`.
+
+        Examples
+        --------
+        >>> store.sign("an example")
+        Traceback (most recent call last):
+        ml_ensemble.core.ConfigError: there is no signing key. Make one with `ml-ensemble keygen`, ...
+        """
+        with self.locked():
+            return _sign_store(self, reason)
 
     def restore(self, backup: str, reason: str, *, verify: Callable[[Path], object] | None = None) -> dict:
         """Put the version of a backup into production again, as a new change.
@@ -878,19 +913,25 @@ def _new_change(store: ModelStore, metadata: dict, model: bytes) -> _ProductionC
     history_line(recorded)
     return _ProductionChange(metadata, model, text, recorded)
 
+def _check_keys(store: ModelStore) -> None:
+    "Raise ConfigError if the signing key cannot be read, or does not belong to the public key."
+    if store.signing_key and (public := public_of(store.signing_key)) != (store.public_key or public):
+        raise ConfigError(f"the signing key {store.signing_key} has the public key {public}, the configured one is {store.public_key}",
+                          "Set ML_ENSEMBLE_SIGNING_KEY and ML_ENSEMBLE_PUBLIC_KEY to the two parts of one key.")
+
 def _signed(store: ModelStore, metadata: dict) -> dict:
     "The metadata with a signature, if there is a signing key."
+    current = present_or_damaged(store)
     if not store.signing_key:
         if store.public_key:
             raise StoreError("a public key is configured, but no signing key: nobody would accept the change",
                              "Set ML_ENSEMBLE_SIGNING_KEY to the file of the private key.")
+        if current and "signature" in current:
+            warn(f"version {current['version']} in production is signed, but this change is not: readers with a public key will "
+                 "refuse it. Set ML_ENSEMBLE_SIGNING_KEY and run `ml-ensemble sign`", RuntimeWarning, stacklevel=4)
         return metadata
-    current = present_or_damaged(store)
     identity = metadata.get("store_id") or (current or {}).get("store_id") or token_hex(16)
-    signed = sign_metadata({**metadata, "store_id": identity}, store.signing_key, store.clock(), store.signature_days)
-    if store.public_key:
-        check_signature(signed, store.public_key, store.clock())
-    return signed
+    return sign_metadata({**metadata, "store_id": identity}, store.signing_key, store.clock(), store.signature_days)
 
 def _recorded_event(metadata: dict) -> dict:
     "The event of a change of production, as the history records it."
@@ -1117,7 +1158,7 @@ def _roll_back(store: ModelStore, reason: str, version: str | None, verify) -> d
 
 def check_reason(reason: str) -> None:
     "Raise StoreError for a reason that is empty, too long, or not plain text; new lines are allowed."
-    remedy = "Pass a reason, for example: `ml-ensemble rollback --reason \"...\"`."
+    remedy = "Pass a reason of 1 to 1,000 characters of plain text."
     if not reason.strip():
         raise StoreError("the reason is empty", remedy)
     if len(reason) > 1000:
@@ -1127,18 +1168,19 @@ def check_reason(reason: str) -> None:
 
 def _read_before(store: ModelStore, current: dict | None) -> tuple[dict, bytes]:
     "The newest intact version that was in production before the current one."
-    before = _versions_before(store, current)
-    for version in before:
+    problems = []
+    for version in _versions_before(store, current):
         try:
             return read_archived(store, version)
         except StoreError as error:
+            problems.append(error.problem)
             warn(f"version {version} is left out: {error.problem}", RuntimeWarning, stacklevel=4)
-    _no_version_before(store, before, current)
+    _no_version_before(store, problems, current)
 
-def _no_version_before(store: ModelStore, before: list[str], current: dict | None) -> NoReturn:
+def _no_version_before(store: ModelStore, problems: list[str], current: dict | None) -> NoReturn:
     present = current["version"] if current else None
-    others = [name for name in store.versions() if name not in (*before, present)]
-    problem = (f"the archived files of {' and '.join(before)} are damaged" if before else
+    others = [name for name in store.versions() if name != present and _is_intact(store, name)]
+    problem = (f"no version before {present or 'the damaged one'} can be used: {'; '.join(problems)}" if problems else
                f"no version in the archive was in production before {present or 'the damaged one'}")
     raise ModelNotFoundError(problem, f"Name one with --to, of {', '.join(others[-5:])}." if others
                              else "Run `ml-ensemble retrain` to train another one.")
@@ -1183,6 +1225,33 @@ def _promote_staged_version(store: ModelStore, version: str, verify) -> dict:
     for path in reversed(_staged_paths(store, version)):
         path.unlink(missing_ok=True)
     return promoted
+
+# %% ../nbs/12_versioning.ipynb #4f0ca311
+def _sign_store(store: ModelStore, reason: str) -> dict:
+    "Sign archived and staged versions, put the version in production there again, sign backups; the caller holds the lock."
+    if not store.signing_key:
+        raise ConfigError("there is no signing key", "Make one with `ml-ensemble keygen`, and set ML_ENSEMBLE_SIGNING_KEY to its file.")
+    unchecked = copy(store)                                    # reads what is not signed; hashes and fields are checked
+    unchecked.public_key = None
+    metadata, _ = read_pair(unchecked)
+    checked = [(archived(store, version)[1], read_archived(unchecked, version)[0]) for version in store.versions()]
+    checked += [(_staged_paths(store, version)[1], read_staged(unchecked, version)[0]) for version in store.staged()]
+    identity = {"store_id": metadata.get("store_id") or token_hex(16)}
+    for path, facts in checked:
+        _sign_file(store, path, facts | identity)
+    changed = _roll_back(unchecked, reason, metadata["version"], None)
+    store.last_change = unchecked.last_change
+    for folder in store.root.glob("production_backup_*"):
+        try:
+            _sign_file(store, folder / METADATA_FILE, _read_backup(unchecked, folder)[0] | identity)
+        except (StoreError, OSError) as error:
+            warn(f"{folder.name} is not signed: {error}", RuntimeWarning, stacklevel=3)
+    return changed
+
+def _sign_file(store: ModelStore, path: Path, metadata: dict) -> None:
+    "Write metadata with a signature of the store's signing key."
+    plain = {name: value for name, value in metadata.items() if name not in ("signature", "expires_at")}
+    write_store_file(store, path, readable_json(sign_metadata(plain, str(store.signing_key), store.clock(), store.signature_days)))
 
 # %% ../nbs/12_versioning.ipynb #a60b4693
 def _restore_backup(store: ModelStore, backup: str, reason: str, verify) -> dict:
@@ -1390,7 +1459,10 @@ def _hold_lock(store: ModelStore, timeout: float) -> Iterator[None]:
     _make_folder(store.root)
     store._lock = store._lock or FileLock(store.root / ".lock")
     try:
+        check_replaceable(store.root / ".lock")
         store._lock.acquire(timeout=timeout)
+    except ConfigError as error:
+        raise StoreError(error.problem, "The lock has to be a regular file; remove what is in its place.") from error
     except OSError as error:
         if isinstance(error, Timeout):
             raise StoreError(f"{_lock_holder(store)} has held the lock of {store.root} for {timeout:g} seconds",
@@ -1461,7 +1533,10 @@ def _verify_pairs(store: _StoreReader) -> list[str]:
 
 def _read_backup(store: _StoreReader, folder: Path) -> tuple[dict, bytes]:
     "Metadata and verified bytes of a backup."
-    metadata = read_signed(store, folder / METADATA_FILE)
+    try:
+        metadata = read_signed(store, folder / METADATA_FILE)
+    except StoreError as error:
+        raise type(error)(f"{folder.name}: {error.problem}", error.remedy) from error
     return metadata, verify_bytes(read_bytes(folder / MODEL_FILE, store.root), metadata, f"{folder.name}/{MODEL_FILE}")
 
 # %% ../nbs/12_versioning.ipynb #d96d3b13

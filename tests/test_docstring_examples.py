@@ -48,7 +48,7 @@ FRONT_DOORS = (
     ("versioning", "ModelStore.backup"),
     ("versioning", "ModelStore.locked"),
     *(("versioning", f"ModelStore.{name}") for name in (
-        "staged", "previous", "stage", "promote_staged", "restore", "pin", "unpin", "pins", "prune", "verify", "repair")),
+        "staged", "previous", "stage", "promote_staged", "sign", "restore", "pin", "unpin", "pins", "prune", "verify", "repair")),
     ("store_records", "parse_json"),
     ("store_records", "check_chain"),
     ("signing", "generate_key"),

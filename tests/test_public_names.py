@@ -36,7 +36,7 @@ PUBLIC = {
     "cli": """
         app audit_command backup candles_command check cli_main diff_command export history keygen_command
         pin_command predict promote_command prune_command publish_command restore_command retrain_command rollback
-        run_command show_command unpin_command verify_command versions_command
+        run_command show_command sign_command unpin_command verify_command versions_command
     """,
     "compiled_trees": "SplitGraph compiled_loop split_graph",
     "config": """

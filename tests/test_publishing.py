@@ -183,7 +183,9 @@ def test_a_refusal_is_a_commit_without_tags(here, remote):
     assert git(remote, "log", "-1", "--format=%s", "main") == "Record refusal: rejected: skill 0.01"
 
 
-def test_a_reason_becomes_neither_an_option_nor_a_trailer_nor_an_escape_sequence(here, remote):
+def test_a_reason_becomes_neither_an_option_nor_a_trailer_nor_an_escape_sequence(here, remote, monkeypatch):
+    """New reasons are plain text; an older release recorded any."""
+    monkeypatch.setattr("ml_ensemble.versioning.check_reason", lambda reason: None)
     here.store.promote(b"model 2", GATE)
     here.store.rollback("--amend\nSequence: 99\n\x1b[2J\u202e" + "x" * 900)
     publish(here.store)

@@ -354,11 +354,14 @@ def test_an_older_pair_put_back_by_hand_is_a_fault_also_without_signatures(store
 
 def test_what_is_in_the_place_of_the_lock_is_named(store):
     promoted(store, b"first")
-    (store.root / ".lock").unlink()
-    (store.root / ".lock").mkdir()
-    assert next(finding for finding in diagnose(store).findings if finding.part == "lock").status == "fault"
-    with pytest.raises(StoreError, match="cannot be used"):
-        store.rollback("x")
+    lock = store.root / ".lock"
+    for place, remove in ((os.mkdir, os.rmdir), (os.mkfifo, os.unlink)):
+        lock.unlink(missing_ok=True)
+        place(lock)
+        assert next(finding for finding in diagnose(store).findings if finding.part == "lock").status == "fault"
+        with pytest.raises(StoreError, match="not a regular file"):
+            store.rollback("x")
+        remove(lock)
 
 
 def test_damage_of_the_archive_is_a_warning_of_the_diagnosis(store):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, hand_made_payload
-from scratch import FEATURE, clean_environment, shadow_modules
+from scratch import FEATURE, shadow_modules
 
 from ml_ensemble.ensemble import restore_ensemble
 from ml_ensemble.versioning import ModelStore
@@ -74,12 +74,10 @@ def watched(tmp_path):
     connections = tmp_path / "connections"
 
     def run(*command, folder=None, **variables):
-        environment = clean_environment(
-            HOME=str(places["home"]), TMPDIR=str(places["temporary"]), ML_ENSEMBLE_MODELS=str(places["models"]),
-            PYTHONPATH=str(places["audit"]), CONNECTIONS=str(connections), **variables)
-        for name in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR", "IPYTHONDIR", "NUMBA_CACHE_DIR"):
-            if name not in variables:
-                environment.pop(name, None)
+        # Little is inherited: CI=true alone would silence ONNX Runtime.
+        environment = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH") if name in os.environ} | {
+            "HOME": str(places["home"]), "TMPDIR": str(places["temporary"]), "ML_ENSEMBLE_MODELS": str(places["models"]),
+            "PYTHONPATH": str(places["audit"]), "CONNECTIONS": str(connections), **variables}
         isolated = ["unshare", "-rn"] if namespaces() else []
         done = subprocess.run([*isolated, sys.executable, "-P", "-c", LAUNCHER, "isolated" if isolated else "shared",
                                *map(str, command)], capture_output=True, text=True, env=environment, cwd=folder or places["here"],

@@ -348,8 +348,10 @@ def test_a_change_without_the_key_is_refused_before_anything_happens(signed, key
     before = pair(signed)
     with pytest.raises(StoreError, match="no signing key"):
         reader(signed.root, keys["ours"]).promote(b"third", {})
-    with pytest.raises(SignatureError, match="is signed with the key"):
-        ModelStore(signed.root, clock=lambda: NOON, public_key=keys["ours"][1], signing_key=keys["other"][0]).promote(b"third", {})
+    with pytest.raises(ConfigError, match="two parts of one key"):
+        ModelStore(signed.root, clock=lambda: NOON, public_key=keys["ours"][1], signing_key=keys["other"][0])
+    with pytest.raises(ConfigError, match="cannot be read"):
+        ModelStore(signed.root, clock=lambda: NOON, signing_key="/nonexistent")
     assert pair(signed) == before
     with pytest.raises(ConfigError):
         ModelStore(signed.root, public_key="ed25519:AAAA")
@@ -360,10 +362,52 @@ def test_a_running_ensemble_keeps_its_version_when_the_new_one_is_not_signed(sig
     promoted(signed, model)
     bot = ProductionEnsemble(store=reader(signed.root, keys["ours"]), clock=lambda: NOON)
     version = bot.get_model_info()["version"]
-    ModelStore(signed.root, clock=lambda: NOON).promote(restore_ensemble(hand_made_payload() | {"decision_threshold": 0.9}).to_bytes(), {})
+    other = restore_ensemble(hand_made_payload() | {"decision_threshold": 0.9}).to_bytes()
+    with pytest.warns(RuntimeWarning, match="is signed, but this change is not"):
+        ModelStore(signed.root, clock=lambda: NOON).promote(other, {})
     with pytest.raises(SignatureError):
         bot.reload_if_changed()
     assert bot.get_model_info()["version"] == version
+
+
+def test_an_unsigned_store_becomes_a_signed_one_in_which_every_version_can_be_restored(store, keys):
+    first, second, third = promoted(store, b"first", b"second", b"third")
+    store.rollback("lost money")
+    with pytest.raises(SignatureError, match="ml-ensemble sign"):
+        reader(store.root, keys["ours"]).read()
+    signer = signing_store(store.root, keys["ours"])
+    with pytest.raises(SignatureError):
+        signer.rollback("not signed yet", first)
+    facts = signer.sign("begin to sign")
+    assert (facts["version"], facts["sequence"]) == (second, 5) == (signer.last_change["version"], signer.last_change["sequence"])
+    bot = reader(store.root, keys["ours"])
+    assert bot.read()[1] == b"second" and signer.previous() == first
+    assert signer.rollback("works", third)["sequence"] == 6 and bot.read()[1] == b"third"
+    assert bot.verify() == []
+    other = signing_store(store.root, keys["other"])
+    other.sign("a new key")                                                  # and from one key to the next
+    assert reader(store.root, keys["other"]).read()[1] == b"third"
+
+
+def test_a_damaged_version_is_not_signed(store, keys):
+    promoted(store, b"first", b"second")
+    archived(store, store.versions()[0])[0].write_bytes(b"x")
+    before = {path: path.read_bytes() for path in store.archive.iterdir()}
+    with pytest.raises(IntegrityError):
+        signing_store(store.root, keys["ours"]).sign("begin to sign")
+    assert {path: path.read_bytes() for path in store.archive.iterdir()} == before
+
+
+def test_an_unsigned_change_of_a_signed_store_is_a_warning(signed):
+    with pytest.warns(RuntimeWarning, match="is signed, but this change is not"):
+        ModelStore(signed.root, clock=lambda: NOON).rollback("without keys")
+
+
+def test_a_key_is_never_written_over_a_file_or_through_a_link(tmp_path):
+    (tmp_path / "a.key.pub").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="cannot be created"):
+        generate_key(tmp_path / "a.key")
+    assert not (tmp_path / "elsewhere").exists() and not (tmp_path / "a.key").exists()
 
 
 # --- what a decision means --------------------------------------------------------------------------------------------
