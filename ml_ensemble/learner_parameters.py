@@ -124,8 +124,18 @@ FIXED = {
 _REJECTED_VALUES = {("lightgbm", "boosting_type"): ("rf", "random_forest")}   # averages trees, does not add them
 
 # %% ../nbs/20_learner_parameters.ipynb #f3f27d6b
+# Names that need no look into the libraries, whose import takes seconds; a test compares them with what the libraries accept.
+_COMMON = {
+    "lightgbm": "n_estimators learning_rate num_leaves max_depth min_child_samples subsample subsample_freq colsample_bytree "
+                "colsample_bynode reg_alpha reg_lambda",
+    "xgboost": "n_estimators learning_rate max_depth min_child_weight subsample colsample_bytree colsample_bynode reg_alpha reg_lambda",
+    "random_forest": "n_estimators max_depth min_samples_leaf min_samples_split max_features max_samples",
+}
+
 def own_name(learner: str, name: str) -> str:
     "Convert any name that the library accepts to the name used here; ConfigError for unknown and fixed parameters."
+    if name in _COMMON[learner].split():
+        return name
     names = accepted_names(learner)
     if name not in names:
         raise ConfigError(f"{learner} has no parameter {name!r}", did_you_mean(learner, name))

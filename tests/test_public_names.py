@@ -99,9 +99,9 @@ PUBLIC = {
     """,
     "model_file": "CANARY_TOLERANCE FORMAT check_definition check_payload read_payload",
     "model_graph": "check_graph",
-    "monitoring": "Diagnosis HealthCheck diagnose plot_recent send_alert",
+    "monitoring": "Diagnosis HealthCheck diagnose send_alert",
     "onnx_export": "export_onnx load_with_custom to_full_onnx",
-    "plot_style": "BLUE GREY GRID INK ORANGE class_colour date_axis new_axes style_axes",
+    "plot_style": "BLUE GREY GRID INK ORANGE class_colour date_axis new_axes plot_recent style_axes",
     "publishing": "ARTIFACT Publication PublishError plain_line publish",
     "quality_gate": "Criterion GateInput Verdict judge",
     "recipe": """
