@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -791,10 +792,29 @@ def present_or_damaged(store: _StoreReader) -> dict | None:
 # %% ../nbs/12_versioning.ipynb #eccc4bfa
 def _read_production(store: _StoreReader) -> tuple[dict, bytes]:
     "Metadata and verified bytes of the version in production, or of the newest intact one before it."
+    for attempt in range(11):
+        try:
+            return _accepted(store, *read_pair(store))
+        except StoreError as error:
+            fault = error
+        if attempt == 10 or not _is_changing(store):
+            break
+        time.sleep(0.01)
+    return _read_fallback(store, fault)
+
+def _is_changing(store: _StoreReader) -> bool:
+    "Whether the model in production is that of another version of the store: its metadata is about to be replaced."
+    paths = [_staging_folder(store) / METADATA_FILE, store.production / METADATA_FILE,
+             *(archived(store, version)[1] for version in reversed(store.versions()))]
     try:
-        return _accepted(store, *read_pair(store))
-    except StoreError as error:
-        return _read_fallback(store, error)
+        digest = sha256_hex(read_bytes(store.production / MODEL_FILE, store.root))
+    except StoreError:
+        return False
+    for path in paths:
+        with suppress(StoreError):
+            if read_metadata(path, store.root)["sha256"] == digest:
+                return True
+    return False
 
 def read_exact(store: _StoreReader) -> tuple[dict, bytes]:
     "Metadata in production and verified bytes of exactly that version, from production or else from the archive."
@@ -991,7 +1011,7 @@ def _promote_verified(store: ModelStore, change: _ProductionChange, verify) -> d
             shutil.rmtree(folder, ignore_errors=True)
     return change.metadata
 
-def _staging_folder(store: ModelStore) -> Path:
+def _staging_folder(store: _StoreReader) -> Path:
     "Folder of the candidate."
     return store.root / ".staging" / "promotion"
 
