@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MODEL_FILE', 'METADATA_FILE', 'MAX_MODEL_BYTES', 'CHANGES', 'check_version', 'verify_bytes', 'read_metadata',
            'read_bytes', 'ModelStore', 'archived', 'read_archived', 'read_signed', 'read_pair', 'present_or_damaged',
-           'read_exact', 'production_changes', 'write_store_file', 'check_reason', 'read_staged', 'read_history_file',
-           'put_back', 'remedy_for_damage']
+           'read_exact', 'production_changes', 'adopt_version', 'write_store_file', 'check_reason', 'read_staged',
+           'extend_history', 'read_history_file', 'put_back', 'remedy_for_damage']
 
 # %% ../nbs/12_versioning.ipynb #e82b5469
 import fcntl
@@ -26,7 +26,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 from warnings import warn
 
 from .core import (ConfigError, IntegrityError, LFSPointerError, MLEnsembleError, ModelNotFoundError, StaleStoreError,
@@ -35,7 +35,7 @@ from .core import (ConfigError, IntegrityError, LFSPointerError, MLEnsembleError
 from .signing import check_mark, check_signature, public_of, raise_mark, read_mark, sign_metadata
 from .signing import public_key as load_public_key
 from .store_records import (MAX_HISTORY_BYTES, MAX_METADATA_BYTES, MAX_SEQUENCE, VERSION, check_chain,
-                                       check_metadata, history_line, parse_history, parse_json, parse_metadata)
+                                       check_metadata, history_line, missing_lines, parse_history, parse_json, parse_metadata)
 
 # %% ../nbs/12_versioning.ipynb #a3cd456d
 MODEL_FILE = "production_ensemble.pkl"
@@ -977,15 +977,16 @@ def _prepare(store: ModelStore, expected: int | None) -> dict | None:
                               "Retrain: the candidate must be compared with the version in production.")
     return current
 
-def _promote_verified(store: ModelStore, change: _ProductionChange, verify) -> dict:
-    "Write the candidate, verify it, and put it into production."
+def _promote_verified(store: ModelStore, change: _ProductionChange, verify, for_archive: bytes | None = None,
+                      record: Callable[[], object] | None = None) -> dict:
+    "Write the candidate, verify it, and put it into production; `for_archive`: its metadata in the archive, if they are others."
     folder = _staging_folder(store)
     try:
         write_store_file(store, folder / MODEL_FILE, change.model)
-        write_store_file(store, folder / METADATA_FILE, change.text)
+        write_store_file(store, folder / METADATA_FILE, for_archive or change.text)
         if verify:
             verify(folder / MODEL_FILE)
-        _install(store, change, folder)
+        _install(store, change, folder, record)
     finally:
         with _delayed_interrupts():
             shutil.rmtree(folder, ignore_errors=True)
@@ -995,8 +996,47 @@ def _staging_folder(store: ModelStore) -> Path:
     "Folder of the candidate."
     return store.root / ".staging" / "promotion"
 
+# %% ../nbs/12_versioning.ipynb #12c00002
+def adopt_version(store: ModelStore, text: bytes, model: bytes, *, for_archive: bytes, history: bytes, expected: int,
+                  verify=None) -> dict:
+    """Put a version of a copy of the store into production; the caller holds the lock.
+
+    Parameters
+    ----------
+    store : ModelStore
+        The store.
+    text, model : bytes
+        Verified content of the production files of the copy.
+    for_archive : bytes
+        Metadata of the version in the archive of the copy; after a rollback they differ from those in production.
+    history : bytes
+        History of the copy, which completes that of the store.
+    expected : int
+        Sequence number in production of the store, 0 for none; StaleStoreError if it is another one.
+    verify : callable, optional
+        As in `ModelStore.promote`.
+
+    Returns
+    -------
+    dict
+        The metadata in production.
+    """
+    metadata = parse_metadata(text)
+    _prepare(store, expected)
+    change, record = _ProductionChange(metadata, model, text, _recorded_event(metadata)), partial(extend_history, store, history)
+    path, metadata_path = archived(store, metadata["version"])
+    if not metadata_path.exists():
+        return _promote_verified(store, change, verify, for_archive, record)
+    if not _is_intact(store, metadata["version"]):
+        write_store_file(store, path, model)
+    if verify:
+        verify(path)
+    _install(store, change, record=record)
+    return metadata
+
 # %% ../nbs/12_versioning.ipynb #a16bdf7d
-def _install(store: ModelStore, change: _ProductionChange, candidate: Path | None = None) -> None:
+def _install(store: ModelStore, change: _ProductionChange, candidate: Path | None = None,
+             record: Callable[[], object] | None = None) -> None:
     "Back up, replace the production pair (metadata last), and complete archive and history; interrupts wait."
     with _delayed_interrupts():
         backup = _backup_pair(store) if (store.production / METADATA_FILE).exists() else None
@@ -1016,7 +1056,7 @@ def _install(store: ModelStore, change: _ProductionChange, candidate: Path | Non
         store.last_change = change.metadata
         if candidate:
             _after_commit(change, "the archive lacks it", lambda: _move(candidate / METADATA_FILE, metadata_path))
-        _after_commit(change, "the history lacks it", lambda: _append_history(store, change.event))
+        _after_commit(change, "the history lacks it", record or (lambda: _append_history(store, change.event)))
         _after_commit(change, "old versions could not be deleted", lambda: _prune(store))
 
 def _after_commit(change: _ProductionChange, problem: str, step: Callable[[], object]) -> None:
@@ -1306,6 +1346,20 @@ def _history_path(store: _StoreReader) -> Path:
 
 def _append_history(store: ModelStore, event: dict) -> None:
     "Append the line of an event, chained to the line before it, and flush it to the disk."
+    def line(file) -> bytes:
+        before, ended = _last_line(file)
+        return b"\n" * (not ended) + history_line(event, before)
+    _append_to_history(store, line)
+
+def extend_history(store: ModelStore, other: bytes) -> None:
+    "Append what the history of a copy of the store has more."
+    def lines(file) -> bytes:
+        file.seek(0)
+        return missing_lines(file.read(MAX_HISTORY_BYTES), other, CHANGES)
+    _append_to_history(store, lines)
+
+def _append_to_history(store: ModelStore, addition: Callable[[BinaryIO], bytes]) -> None:
+    "Append bytes to the history, which `addition` makes from the open file, and flush them to the disk."
     path = _history_path(store)
     _make_folder(path.parent)
     is_new = not path.exists()
@@ -1316,8 +1370,7 @@ def _append_history(store: ModelStore, event: dict) -> None:
         if is_new:
             os.fchmod(handle, 0o644)
         fcntl.flock(handle, fcntl.LOCK_EX)              # for milliseconds; it ends with the file, or with the process
-        before, ended = _last_line(file)
-        file.write(b"\n" * (not ended) + history_line(event, before))
+        file.write(addition(file))
         file.flush()
         os.fsync(handle)
     sync_directory(path.parent)
