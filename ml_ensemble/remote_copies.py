@@ -302,6 +302,8 @@ def _from_remote(url: str, name: str) -> Iterator[None]:
 def _remote_state(remote: _Remote, store: ModelStore, *, pulling: bool) -> _State:
     "What is at the remote; expiry and age count when it is pulled."
     text, whole = remote.read(_PRODUCTION, MAX_METADATA_BYTES), remote.read(_HISTORY, MAX_HISTORY_BYTES)
+    if (lines := (whole or b"").count(b"\n")) > _MAX_LINES:
+        raise IntegrityError(f"{_HISTORY} at {remote.url} has {lines:,} lines, the limit is {_MAX_LINES:,}", _SUSPECT)
     if text is None:
         return _State(None, {}, history_until(whole or b"", 0, CHANGES), whole)
     metadata = _parse(text, _PRODUCTION, remote.url)
@@ -311,8 +313,7 @@ def _remote_state(remote: _Remote, store: ModelStore, *, pulling: bool) -> _Stat
             if pulling:
                 check_mark(metadata, store.root, store.public_key)
     history = history_until(whole or b"", metadata["sequence"], CHANGES)
-    lines = history.count(b"\n")
-    if faults := [f"it has {lines:,} lines, the limit is {_MAX_LINES:,}"] if lines > _MAX_LINES else check_chain(history):
+    if faults := check_chain(history):
         raise IntegrityError(f"{_HISTORY} at {remote.url}: {faults[0]}", _SUSPECT)
     state = _State(text, metadata, history, whole)
     if not _same_change(state.changes.get(state.sequence), metadata["event"] | {"version": metadata["version"]}):
@@ -515,7 +516,7 @@ def _check_pull(store: ModelStore, remote: _Remote, current: dict | None, there:
     name = _names(current["version"])[1] if current else ""
     text = remote.read(name, MAX_METADATA_BYTES) if current and current["sequence"] < there.sequence else None
     if current and text is not None and _parse(text, name, remote.url)["sha256"] != current["sha256"]:
-        raise StaleStoreError(f"{what}, and it has another model under the name {current['version']} than the one in production here", remedy)
+        raise StaleStoreError(f"{what}, and has another model under the name {current['version']} than is in production here", remedy)
 
 def _check_meaning(current: dict | None, metadata: dict, accept_change: bool) -> None:
     "ChangedMeaningError if a decision of the fetched version means something else, unless that is accepted."

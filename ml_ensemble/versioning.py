@@ -1375,6 +1375,7 @@ def _append_to_history(store: ModelStore, addition: Callable[[BinaryIO], bytes])
         os.fsync(handle)
     sync_directory(path.parent)
 
+# %% ../nbs/12_versioning.ipynb #12c00003
 def _last_line(file) -> tuple[bytes, bool]:
     "The last line of a file that is not blank, without its newline, and whether the file ends with one."
     size = file.seek(0, os.SEEK_END)
