@@ -34,7 +34,7 @@ _AGAIN = "then run the command again: it continues where it ended"
 _SUSPECT = ("Find out who wrote the remote copy, and make a new one at another URL with `ml-ensemble push-store`, from a store that "
             "is intact.")
 
-class _Place(Protocol):
+class _CopyPlace(Protocol):
     """Where a remote copy is."""
     def read(self, name: str, limit: int) -> bytes | None: ...                  # None: there is no such object
     def size(self, name: str) -> int | None: ...
@@ -87,8 +87,6 @@ class _Folder:
         return path
 
 # %% ../nbs/48_remote_copies.ipynb #48c00008
-_ATOMIC = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "memory"}      # a write is seen as a whole or not at all
-
 @dataclass(frozen=True)
 class _Objects:
     """A place that fsspec reaches."""
@@ -125,60 +123,64 @@ class _Objects:
 
     def create(self, name: str, data: bytes) -> None:
         if self.protocol in ("s3", "s3a"):
-            self._put(name, data, mode="create")
+            _put_object(self, name, data, mode="create")
         elif self.read(name, MAX_HISTORY_BYTES) is not None:
             raise FileExistsError(name)
         else:
-            self._put(name, data)
+            _put_object(self, name, data)
 
     def replace(self, name: str, data: bytes, before: bytes | None) -> None:
         tag = self.tags.get(name, "")
         if self.read(name, MAX_HISTORY_BYTES) != before:
             raise FileExistsError(name)
         if self.protocol not in ("s3", "s3a"):
-            self._put(name, data)
+            _put_object(self, name, data)
         elif before is None:
-            self._put(name, data, mode="create")
+            _put_object(self, name, data, mode="create")
         else:
-            self._put(name, data, IfMatch=tag)
+            _put_object(self, name, data, IfMatch=tag)
 
-    def _put(self, name: str, data: bytes, **condition: str) -> None:
-        path, beside = f"{self.root}/{name}", f"{self.root}/{name}.{token_hex(4)}.tmp"
-        try:
-            if self.protocol in _ATOMIC:
-                self.system.pipe_file(path, data, **condition)
-            else:
-                self.system.makedirs(path.rpartition("/")[0], exist_ok=True)
-                self.system.pipe_file(beside, data)
-                self.system.mv(beside, path)
-        except OSError as error:
-            if condition and error.errno == errno.ENOSYS:     # a server that knows no conditions; the object was read before
-                self.system.pipe_file(path, data)
-            elif condition and "pre-condition" in str(error):
-                raise FileExistsError(name) from None
-            else:
-                raise
+# %% ../nbs/48_remote_copies.ipynb #48c00030
+_ATOMIC = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "memory"}      # a write is seen as a whole or not at all
+
+def _put_object(place: _Objects, name: str, data: bytes, **condition: str) -> None:
+    "Write an object; FileExistsError if the condition of the request does not hold."
+    path, beside = f"{place.root}/{name}", f"{place.root}/{name}.{token_hex(4)}.tmp"
+    try:
+        if place.protocol in _ATOMIC:
+            place.system.pipe_file(path, data, **condition)
+        else:
+            place.system.makedirs(path.rpartition("/")[0], exist_ok=True)
+            place.system.pipe_file(beside, data)
+            place.system.mv(beside, path)
+    except OSError as error:
+        if condition and error.errno == errno.ENOSYS:         # a server that knows no conditions; the object was read before
+            place.system.pipe_file(path, data)
+        elif condition and "pre-condition" in str(error):
+            raise FileExistsError(name) from None
+        else:
+            raise
 
 # %% ../nbs/48_remote_copies.ipynb #48c00010
 @dataclass(frozen=True)
 class _Remote:
     """A remote copy: a place, and its URL for messages."""
-    place: _Place
+    place: _CopyPlace
     url: str
 
     def read(self, name: str, limit: int) -> bytes | None:
         "Content of an object of at most `limit` bytes; None if there is none."
-        with _named_errors(self.url, f"{name} cannot be read"):
+        with _named_remote_errors(self.url, f"{name} cannot be read"):
             return self.place.read(name, limit)
 
     def size(self, name: str) -> int | None:
         "Size of an object; None if there is none."
-        with _named_errors(self.url, f"{name} cannot be read"):
+        with _named_remote_errors(self.url, f"{name} cannot be read"):
             return self.place.size(name)
 
     def create(self, name: str, data: bytes) -> bool:
         "Write an object that never changes and read it back; False if it is there already, IntegrityError if it is another one."
-        with _named_errors(self.url, f"{name} cannot be written"):
+        with _named_remote_errors(self.url, f"{name} cannot be written"):
             stored = present = self.place.read(name, MAX_MODEL_BYTES)
             if present is None:
                 with suppress(FileExistsError):               # somebody else was faster: it is compared
@@ -193,7 +195,7 @@ class _Remote:
 
     def replace(self, name: str, data: bytes, before: bytes | None) -> None:
         "Replace an object that is as it was read, and read it back; StaleStoreError if somebody else changed it."
-        with _named_errors(self.url, f"{name} cannot be written"):
+        with _named_remote_errors(self.url, f"{name} cannot be written"):
             with suppress(FileExistsError):                   # also an answer that was lost: it is compared
                 self.place.replace(name, data, before)
             if self.place.read(name, MAX_HISTORY_BYTES) != data:
@@ -202,7 +204,7 @@ class _Remote:
 
 # %% ../nbs/48_remote_copies.ipynb #48c00011
 @contextmanager
-def _named_errors(url: str, problem: str) -> Iterator[None]:
+def _named_remote_errors(url: str, problem: str) -> Iterator[None]:
     "Convert errors of a place to errors with a remedy; those with a remedy pass."
     try:
         yield
@@ -231,6 +233,7 @@ def _explained(url: str, problem: str, error: Exception) -> MLEnsembleError:
         remedy = f"Check address, network and permissions (for S3 also FSSPEC_S3_ENDPOINT_URL), {_AGAIN}"
     return RemoteError(f"{problem} at {url} ({reason})", f"{remedy}.")
 
+# %% ../nbs/48_remote_copies.ipynb #48c00033
 def _open_remote(url: str, store: ModelStore) -> _Remote:
     "The remote copy at a URL; nothing is read yet."
     if not url:
@@ -245,7 +248,7 @@ def _open_remote(url: str, store: ModelStore) -> _Remote:
     with requires_extra("remote"):
         import fsspec
     try:
-        with _named_errors(shown, "the protocol cannot be used"):
+        with _named_remote_errors(shown, "the protocol cannot be used"):
             system, root = fsspec.core.url_to_fs(url)
     except RemoteError as error:
         raise ConfigError(error.problem, "Name a protocol of fsspec, such as s3://bucket/models or file:/mnt/models.") from None
@@ -518,7 +521,7 @@ def _check_pull(store: ModelStore, remote: _Remote, current: dict | None, there:
     if current and text is not None and _parse(text, name, remote.url)["sha256"] != current["sha256"]:
         raise StaleStoreError(f"{what}, and has another model under the name {current['version']} than is in production here", remedy)
 
-def _check_meaning(current: dict | None, metadata: dict, accept_change: bool) -> None:
+def _refuse_changed_meaning(current: dict | None, metadata: dict, accept_change: bool) -> None:
     "ChangedMeaningError if a decision of the fetched version means something else, unless that is accepted."
     changed = changed_meaning(decision_settings(current), decision_settings(metadata)) if current else []
     if changed and not accept_change:
@@ -584,7 +587,7 @@ def pull_store(store: ModelStore, url: str, *, production_only: bool = False, ac
         raise RemoteError(f"there is no copy of a store at {remote.url} ({_PRODUCTION} is missing)",
                           "Correct the address, or run `ml-ensemble push-store` where the store is.")
     _check_pull(store, remote, current, there)
-    _check_meaning(current, there.metadata, accept_change)
+    _refuse_changed_meaning(current, there.metadata, accept_change)
     damaged = not _intact(store, there.metadata["version"])
     fetched = _pull_production(store, remote, current, there, verify=verify, progress=progress)
     more, refused = ([], []) if production_only else _pull_archive(store, remote, there, progress)
