@@ -324,6 +324,7 @@ def _remote_state(remote: _Remote, store: ModelStore, *, pulling: bool) -> _Stat
                              "which is in production there", _SUSPECT)
     return state
 
+# %% ../nbs/48_remote_copies.ipynb #48c00035
 def _local_state(store: ModelStore) -> _State:
     "What is here, intact; the lock is held, so that no promotion is between the two files."
     with store.locked():
@@ -344,6 +345,14 @@ def _local_state(store: ModelStore) -> _State:
 def _same_change(one: dict | None, other: dict) -> bool:
     "Whether two records of a change agree."
     return one is not None and all(one.get(name) == other.get(name) for name in ("kind", "version", "at"))
+
+def _read_version(store: ModelStore, version: str) -> tuple[bytes, bytes]:
+    "Metadata as bytes, and verified model of an archived version."
+    metadata, model = read_archived(store, version)
+    text = read_regular(archived(store, version)[1], MAX_METADATA_BYTES, store.root)
+    if parse_metadata(text) != metadata or metadata.get("size_bytes", len(model)) != len(model):
+        raise IntegrityError(f"the metadata of version {version} in the archive do not belong to its model", "Run `ml-ensemble verify`.")
+    return text, model
 
 # %% ../nbs/48_remote_copies.ipynb #48c00017
 @dataclass(frozen=True)
@@ -460,14 +469,6 @@ def _send_versions(store: ModelStore, remote: _Remote, here: _State, progress) -
         remote.create(metadata_name, text)
         sent.append(version)
     return sent, present, damaged
-
-def _read_version(store: ModelStore, version: str) -> tuple[bytes, bytes]:
-    "Metadata as bytes, and verified model of an archived version."
-    metadata, model = read_archived(store, version)
-    text = read_regular(archived(store, version)[1], MAX_METADATA_BYTES, store.root)
-    if parse_metadata(text) != metadata or metadata.get("size_bytes", len(model)) != len(model):
-        raise IntegrityError(f"the metadata of version {version} in the archive do not belong to its model", "Run `ml-ensemble verify`.")
-    return text, model
 
 def _send_records(store: ModelStore, remote: _Remote, here: _State, there: _State) -> bool:
     "Send history and pins, and last the metadata in production; whether anything was to be changed."
