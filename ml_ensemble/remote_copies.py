@@ -680,7 +680,10 @@ def _pull_archive(store: ModelStore, remote: _Remote, there: _State, progress) -
     names = sorted({change["version"] for change in there.changes.values()}, key=lambda name: int(name[9:]))
     months = {name[:6]: name for name in names}
     kept = {*names[-store.keep_versions:], *list(months.values())[-store.keep_months:] * bool(store.keep_months), *pins, *store.pins()}
-    for version in reversed([name for name in names if name in kept and not archived(store, name)[1].exists()]):
+    missing = [name for name in names if name in kept and not archived(store, name)[1].exists()]
+    if missing:
+        store.repair()                                         # a pull that was killed leaves half of a version
+    for version in reversed(missing):
         try:
             text, model = _fetch(store, remote, version, there, progress)
         except (IntegrityError, SignatureError) as error:
