@@ -6,8 +6,8 @@
 __all__ = ['Section', 'DataSettings', 'FeatureSettings', 'LabelSettings', 'ValidationSettings', 'LearnerSettings',
            'LightGBMSettings', 'XGBoostSettings', 'RandomForestSettings', 'LearnersSettings', 'WeightSettings',
            'EnsembleSettings', 'TradingSettings', 'TrainingSettings', 'AuditSettings', 'EvaluationSettings',
-           'GateSettings', 'ProductionSettings', 'Settings', 'leaf_paths', 'core_tree', 'expand_override',
-           'load_settings', 'feature_manager', 'set_policy']
+           'GateSettings', 'ProductionSettings', 'StoreSettings', 'Settings', 'leaf_paths', 'core_tree',
+           'expand_override', 'load_settings', 'feature_manager', 'set_policy']
 
 # %% ../nbs/21_config.ipynb #9382d4ca
 import os
@@ -18,11 +18,12 @@ from html import escape
 from pathlib import Path
 from typing import Annotated, Literal
 
-from .core import ConfigError, canonical_json, core_file, find_project, read_regular, requires_extra, shorten
+from .core import (ConfigError, canonical_json, check_store_url, core_file, find_project, hide_credentials, read_regular,
+                              requires_extra, shorten)
 
 with requires_extra():
     import yaml
-    from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+    from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
     from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
 
 from .custom_features import load_custom
@@ -209,6 +210,11 @@ class ProductionSettings(Section):
     signature_days: _Positive
     keep_backups: _Count
 
+# %% ../nbs/21_config.ipynb #21c00001
+class StoreSettings(Section):
+    """Where copies of the model store are kept."""
+    remote: Annotated[str, AfterValidator(lambda url: url and check_store_url(url))]
+
 # %% ../nbs/21_config.ipynb #21a00002
 _MAX_FILE, _MAX_TEXT = 1_000_000, 10_000        # bytes of a settings file, characters of one `--set` or one variable
 _MAX_DEPTH, _MAX_NODES, _MAX_DIGITS = 20, 10_000, 100
@@ -332,6 +338,7 @@ class Settings(BaseSettings):
     evaluation: EvaluationSettings
     gate: GateSettings
     production: ProductionSettings
+    store: StoreSettings
 
     @model_validator(mode="after")
     def _balanced_is_calibrated(self):
@@ -420,7 +427,7 @@ def _override_value(text: str, value: str):
             return value.strip()
         return _parse_yaml(value)
     except ValueError as error:
-        raise ConfigError(f"the value of --set {shorten(text)!r} is not YAML of a setting ({error})",
+        raise ConfigError(f"the value of --set {shorten(hide_credentials(text))!r} is not YAML of a setting ({error})",
                           "For example: --set data.repairs=[sort]") from error
 
 # %% ../nbs/21_config.ipynb #3493982b
@@ -478,8 +485,10 @@ def _explain(error: ValidationError) -> ConfigError:
             messages.append(fault["msg"].removeprefix("Value error, "))
             continue
         path = shorten(".".join(str(part) for part in fault["loc"]))
-        value = "" if fault["type"] in ("missing", "extra_forbidden") else f" (found {shorten(repr(fault['input']))})"
+        hidden = fault["type"] in ("missing", "extra_forbidden") or fault["loc"][0] == "store"      # a URL may hold a secret
+        value = "" if hidden else f" (found {shorten(repr(fault['input']))})"
         problem = {"extra_forbidden": "is no setting", "missing": "is missing"}.get(fault["type"], fault["msg"])
+        problem = problem.removeprefix("Value error, the URL of ")
         messages.append(f"{path}: {problem}{value}")
     messages += [f"and {len(faults) - 10:,} more"] if len(faults) > 10 else []
     return ConfigError("; ".join(messages), "Correct the value in config/, the environment or --set.")

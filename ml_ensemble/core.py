@@ -11,13 +11,15 @@ __all__ = ['shorten', 'MLEnsembleError', 'ConfigError', 'DataError', 'FeatureErr
            'ChangedMeaningError', 'StaleStoreError', 'MissingExtraError', 'requires_extra', 'canonical_json',
            'readable_json', 'sha256_hex', 'sync_directory', 'check_replaceable', 'write_atomic', 'read_regular',
            'utc_now', 'iso', 'working_directory', 'explain_os_error', 'find_project', 'project_root', 'core_file',
-           'page_file', 'models_dir', 'version_id', 'usable_cpus', 'n_threads', 'in_threads', 'MarkdownRepr']
+           'page_file', 'models_dir', 'version_id', 'usable_cpus', 'n_threads', 'in_threads', 'hide_credentials',
+           'check_store_url', 'MarkdownRepr']
 
 # %% ../nbs/00_core.ipynb #dd71e0b3
 import errno
 import hashlib
 import json
 import os
+import re
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -410,6 +412,28 @@ def in_threads(work: Callable, jobs: list[tuple], threads: int) -> Iterator:
         finally:
             for future in running:
                 future.cancel()
+
+# %% ../nbs/00_core.ipynb #c0de0011
+def hide_credentials(text: str) -> str:
+    "A text with the user, password, query and fragment of each URL in it replaced by `***`."
+    return re.sub(r"(?<=://)\S*@|(?<=:)[^\s:/@]*@|(?<=[?#])\S+", lambda found: "***" + "@" * found[0].endswith("@"), text)
+
+def check_store_url(url: str) -> str:
+    "The URL of a remote copy of the store; ConfigError for one that holds a password or a query, is chained, or has no protocol."
+    found = re.fullmatch(r"(file):(?://)?(\S.*)|([a-z][a-z0-9+.-]*)://(\S+)", url)
+    fault = ("control characters" if not url.isprintable() else "more than 2,000 characters" if len(url) > 2000 else
+             "several protocols, joined by ::" if "::" in url else "no protocol" if not found else "")
+    rest = found[4] if found and found[4] else ""
+    if not fault and "@" in rest and ":" in rest.rpartition("@")[0]:
+        fault = "a password before the @"
+    if not fault and any(mark in rest for mark in "?#"):
+        fault = "a query or a fragment, which may be a secret"
+    if fault:
+        shown = shorten(hide_credentials(url)) if url.isprintable() else "not printable"
+        raise ConfigError(f"the URL of the remote copy ({shown}) has {fault}",
+                          "For example s3://bucket/models or file:/mnt/backup/models; credentials belong into the environment or "
+                          "the files of the protocol, such as ~/.aws/credentials.")
+    return url
 
 # %% ../nbs/00_core.ipynb #3835cf0e
 class MarkdownRepr(ABC):

@@ -495,7 +495,7 @@ def _provenance(settings: Settings, market: Market, data: TrainingSet, store: Mo
     "Fields common to production and training metadata."
     description = _describe_data(settings, market, data, present_or_damaged(store))
     return {"created_at": iso(store.clock()), "data": description,
-            "configuration": settings.model_dump(), "git": _git_state(find_project()), "packages": _package_versions()}
+            "configuration": settings.model_dump(exclude={"store"}), "git": _git_state(find_project()), "packages": _package_versions()}
 
 def trading_facts(sources: SkillSources, result: Backtest, money: Money, economics: LabelEconomics) -> dict:
     "Metadata fields on the sources of skill and on trading results."
@@ -732,7 +732,7 @@ def _compared_settings(configuration: dict) -> dict:
 def _already_trained(settings: Settings, current: dict, store: ModelStore) -> bool:
     "Whether the intact version `current` was trained on the candles of these settings, with the same recipe."
     recorded = current.get("configuration") or {}
-    same = _compared_settings(json.loads(settings.model_dump_json())) == _compared_settings(recorded)
+    same = _compared_settings(json.loads(settings.model_dump_json(exclude={"store"}))) == _compared_settings(recorded)
     if not same or current.get("fingerprint") != feature_manager(settings).fingerprint:
         return False
     try:

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['VERSION', 'MAX_SEQUENCE', 'MAX_METADATA_BYTES', 'MAX_HISTORY_BYTES', 'parse_json', 'check_fields', 'parse_metadata',
            'check_metadata', 'meaning', 'decision_settings', 'changed_meaning', 'parse_history', 'history_line',
-           'check_chain']
+           'check_chain', 'history_until', 'missing_lines']
 
 # %% ../nbs/10_store_records.ipynb #d949a261
 import io
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime
 
 from .core import sha256_hex, shorten
@@ -330,3 +330,30 @@ def _broken_link(number: int, place: int) -> str:
     if not place:
         return f"line {number} is not the first: lines before it were removed"
     return f"line {number} does not follow line {place}: line {place} was edited, or lines between them were removed or inserted"
+
+# %% ../nbs/10_store_records.ipynb #10c00002
+def history_until(data: bytes, sequence: int, kinds: Collection[str]) -> bytes:
+    "The lines of a history before the first change (an event of one of `kinds`) with a higher sequence."
+    place = 0
+    for line in io.BytesIO(data):
+        try:
+            event = _parse_event(line)
+            if event["kind"] in kinds and event.get("sequence", 0) > sequence:
+                break
+        except ValueError:
+            pass
+        place += len(line)
+    return data[:place]
+
+def missing_lines(own: bytes, other: bytes, kinds: Collection[str]) -> bytes:
+    "What has to be appended to a history so that it has all changes (events of `kinds`) of another one."
+    if other.startswith(own) or own.startswith(other):
+        return other[len(own):]
+    known = {event.get("sequence") for event in parse_history(own)[0] if event["kind"] in kinds}
+    before = next((line for line in reversed(own.split(b"\n")) if line.strip()), b"")
+    lines: list[bytes] = []
+    for event in parse_history(other)[0]:
+        if event["kind"] in kinds and event.get("sequence") not in known:
+            lines.append(history_line(event, before))
+            before = lines[-1].rstrip(b"\n")
+    return b"\n" * bool(lines and not own.endswith(b"\n")) + b"".join(lines)

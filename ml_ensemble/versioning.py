@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MODEL_FILE', 'METADATA_FILE', 'MAX_MODEL_BYTES', 'CHANGES', 'check_version', 'verify_bytes', 'read_metadata',
            'read_bytes', 'ModelStore', 'archived', 'read_archived', 'read_signed', 'read_pair', 'present_or_damaged',
-           'read_exact', 'production_changes', 'write_store_file', 'check_reason', 'read_staged', 'read_history_file',
-           'put_back', 'remedy_for_damage']
+           'read_exact', 'production_changes', 'adopt_version', 'write_store_file', 'check_reason', 'read_staged',
+           'extend_history', 'read_history_file', 'put_back', 'remedy_for_damage']
 
 # %% ../nbs/12_versioning.ipynb #e82b5469
 import fcntl
@@ -27,7 +27,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 from warnings import warn
 
 from .core import (ConfigError, IntegrityError, LFSPointerError, MLEnsembleError, ModelNotFoundError, StaleStoreError,
@@ -36,7 +36,7 @@ from .core import (ConfigError, IntegrityError, LFSPointerError, MLEnsembleError
 from .signing import check_mark, check_signature, public_of, raise_mark, read_mark, sign_metadata
 from .signing import public_key as load_public_key
 from .store_records import (MAX_HISTORY_BYTES, MAX_METADATA_BYTES, MAX_SEQUENCE, VERSION, check_chain,
-                                       check_metadata, history_line, parse_history, parse_json, parse_metadata)
+                                       check_metadata, history_line, missing_lines, parse_history, parse_json, parse_metadata)
 
 # %% ../nbs/12_versioning.ipynb #a3cd456d
 MODEL_FILE = "production_ensemble.pkl"
@@ -797,16 +797,17 @@ def _read_production(store: _StoreReader) -> tuple[dict, bytes]:
             return _accepted(store, *read_pair(store))
         except StoreError as error:
             fault = error
-        if attempt == 10 or not _is_changing(store):
+        if attempt == 10 or type(fault) is not IntegrityError or not _is_changing(store):
             break
         time.sleep(0.01)
     return _read_fallback(store, fault)
 
 def _is_changing(store: _StoreReader) -> bool:
     "Whether the model in production is that of another version of the store: its metadata is about to be replaced."
-    paths = [_staging_folder(store) / METADATA_FILE, store.production / METADATA_FILE,
+    paths = [store.production / METADATA_FILE, _staging_folder(store) / METADATA_FILE,
              *(archived(store, version)[1] for version in reversed(store.versions()))]
     try:
+        read_metadata(paths[0], store.root)
         digest = sha256_hex(read_bytes(store.production / MODEL_FILE, store.root))
     except StoreError:
         return False
@@ -997,15 +998,16 @@ def _prepare(store: ModelStore, expected: int | None) -> dict | None:
                               "Retrain: the candidate must be compared with the version in production.")
     return current
 
-def _promote_verified(store: ModelStore, change: _ProductionChange, verify) -> dict:
-    "Write the candidate, verify it, and put it into production."
+def _promote_verified(store: ModelStore, change: _ProductionChange, verify, for_archive: bytes | None = None,
+                      record: Callable[[], object] | None = None) -> dict:
+    "Write the candidate, verify it, and put it into production; `for_archive`: its metadata in the archive, if they are others."
     folder = _staging_folder(store)
     try:
         write_store_file(store, folder / MODEL_FILE, change.model)
-        write_store_file(store, folder / METADATA_FILE, change.text)
+        write_store_file(store, folder / METADATA_FILE, for_archive or change.text)
         if verify:
             verify(folder / MODEL_FILE)
-        _install(store, change, folder)
+        _install(store, change, folder, record)
     finally:
         with _delayed_interrupts():
             shutil.rmtree(folder, ignore_errors=True)
@@ -1015,8 +1017,47 @@ def _staging_folder(store: _StoreReader) -> Path:
     "Folder of the candidate."
     return store.root / ".staging" / "promotion"
 
+# %% ../nbs/12_versioning.ipynb #12c00002
+def adopt_version(store: ModelStore, text: bytes, model: bytes, *, for_archive: bytes, history: bytes, expected: int,
+                  verify=None) -> dict:
+    """Put a version of a copy of the store into production; the caller holds the lock.
+
+    Parameters
+    ----------
+    store : ModelStore
+        The store.
+    text, model : bytes
+        Verified content of the production files of the copy.
+    for_archive : bytes
+        Metadata of the version in the archive of the copy; after a rollback they differ from those in production.
+    history : bytes
+        History of the copy, which completes that of the store.
+    expected : int
+        Sequence number in production of the store, 0 for none; StaleStoreError if it is another one.
+    verify : callable, optional
+        As in `ModelStore.promote`.
+
+    Returns
+    -------
+    dict
+        The metadata in production.
+    """
+    metadata = parse_metadata(text)
+    _prepare(store, expected)
+    change, record = _ProductionChange(metadata, model, text, _recorded_event(metadata)), partial(extend_history, store, history)
+    path, metadata_path = archived(store, metadata["version"])
+    if not metadata_path.exists():
+        return _promote_verified(store, change, verify, for_archive, record)
+    if not _is_intact(store, metadata["version"]):
+        write_store_file(store, path, model)
+    if verify:
+        verify(path)
+    _install(store, change, record=record)
+    return metadata
+
 # %% ../nbs/12_versioning.ipynb #a16bdf7d
-def _install(store: ModelStore, change: _ProductionChange, candidate: Path | None = None) -> None:
+def _install(store: ModelStore, change: _ProductionChange, candidate: Path | None = None,
+             record: Callable[[], object] | None = None) -> None:
     "Back up, replace the production pair (metadata last), and complete archive and history; interrupts wait."
     with _delayed_interrupts():
         backup = _backup_pair(store) if (store.production / METADATA_FILE).exists() else None
@@ -1036,7 +1077,7 @@ def _install(store: ModelStore, change: _ProductionChange, candidate: Path | Non
         store.last_change = change.metadata
         if candidate:
             _after_commit(change, "the archive lacks it", lambda: _move(candidate / METADATA_FILE, metadata_path))
-        _after_commit(change, "the history lacks it", lambda: _append_history(store, change.event))
+        _after_commit(change, "the history lacks it", record or (lambda: _append_history(store, change.event)))
         _after_commit(change, "old versions could not be deleted", lambda: _prune(store))
 
 def _after_commit(change: _ProductionChange, problem: str, step: Callable[[], object]) -> None:
@@ -1119,17 +1160,32 @@ def _delayed_interrupts() -> Iterator[None]:
         for number in dict.fromkeys(pending):
             signal.raise_signal(number)
 
+# %% ../nbs/12_versioning.ipynb #524f3722
+def _unfinished_backup(store: ModelStore) -> Path:
+    return store.root / ".staging" / "backup"
+
 # %% ../nbs/12_versioning.ipynb #cd589338
 def _backup_pair(store: ModelStore) -> Path:
     "Copy the production pair, whatever its state, to a dated folder; metadata last."
     if not (store.production / METADATA_FILE).exists():
         raise ModelNotFoundError("there is no production model to back up", "Run `ml-ensemble retrain` first.")
     name = f"production_backup_{store.clock():%Y%m%dT%H%M%SZ}"
-    folder = store.root / name
+    folder, unfinished = store.root / name, _unfinished_backup(store)
     copies = 1
     while folder.exists():
         copies += 1
         folder = store.root / f"{name}-{copies}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        _copy_pair(store, unfinished)
+        if unfinished.exists():
+            _move(unfinished, folder)                          # at once: a backup is never seen half
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+def _copy_pair(store: ModelStore, folder: Path) -> None:
+    "Copy the files in production, as far as they can be read."
     for file, limit in ((MODEL_FILE, MAX_MODEL_BYTES), (METADATA_FILE, MAX_METADATA_BYTES)):
         try:
             content = read_regular(store.production / file, limit, store.root)
@@ -1139,13 +1195,13 @@ def _backup_pair(store: ModelStore) -> Path:
             warn(f"production/{file} is not in the backup: {error}", RuntimeWarning, stacklevel=2)
             continue
         write_store_file(store, folder / file, content)
-    return folder
 
+# %% ../nbs/12_versioning.ipynb #3fe0596e
 def _prune(store: ModelStore, dry_run: bool = False) -> list[str]:
     "Delete archived and staged versions and backups that the policy does not keep; returns their names."
     current, versions = present_or_damaged(store), store.versions()
-    months = {version[:6]: version for version in versions}                # the newest version of each month
-    kept = {*versions[-store.keep_versions:], *list(months.values())[-store.keep_months:], *store.pins(),
+    months = list({version[:6]: version for version in versions}.values())       # the newest version of each month
+    kept = {*versions[-store.keep_versions:], *months[max(0, len(months) - store.keep_months):], *store.pins(),
             *_versions_before(store, current)[:1]}
     old = [version for version in versions if current and version not in kept and version != current["version"]]
     waiting = store.staged()[:-_KEEP_STAGED]
@@ -1326,6 +1382,20 @@ def _history_path(store: _StoreReader) -> Path:
 
 def _append_history(store: ModelStore, event: dict) -> None:
     "Append the line of an event, chained to the line before it, and flush it to the disk."
+    def line(file) -> bytes:
+        before, ended = _last_line(file)
+        return b"\n" * (not ended) + history_line(event, before)
+    _append_to_history(store, line)
+
+def extend_history(store: ModelStore, other: bytes) -> None:
+    "Append what the history of a copy of the store has more."
+    def lines(file) -> bytes:
+        file.seek(0)
+        return missing_lines(file.read(MAX_HISTORY_BYTES), other, CHANGES)
+    _append_to_history(store, lines)
+
+def _append_to_history(store: ModelStore, addition: Callable[[BinaryIO], bytes]) -> None:
+    "Append bytes to the history, which `addition` makes from the open file, and flush them to the disk."
     path = _history_path(store)
     _make_folder(path.parent)
     is_new = not path.exists()
@@ -1336,12 +1406,12 @@ def _append_history(store: ModelStore, event: dict) -> None:
         if is_new:
             os.fchmod(handle, 0o644)
         fcntl.flock(handle, fcntl.LOCK_EX)              # for milliseconds; it ends with the file, or with the process
-        before, ended = _last_line(file)
-        file.write(b"\n" * (not ended) + history_line(event, before))
+        file.write(addition(file))
         file.flush()
         os.fsync(handle)
     sync_directory(path.parent)
 
+# %% ../nbs/12_versioning.ipynb #12c00003
 def _last_line(file) -> tuple[bytes, bool]:
     "The last line of a file that is not blank, without its newline, and whether the file ends with one."
     size = file.seek(0, os.SEEK_END)
@@ -1419,6 +1489,7 @@ def _remove_leftovers(store: ModelStore) -> list[str]:
     if _staging_folder(store).exists() and _is_inside(store, _staging_folder(store)):
         shutil.rmtree(_staging_folder(store), ignore_errors=True)
         done.append("removed a candidate whose promotion was cut off")
+    shutil.rmtree(_unfinished_backup(store), ignore_errors=True)
     return done
 
 # %% ../nbs/12_versioning.ipynb #af0a6060

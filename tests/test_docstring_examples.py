@@ -72,6 +72,8 @@ FRONT_DOORS = (
     ("market_data", "load_candles"),
     ("retraining", "retrain"),
     ("publishing", "publish"),
+    ("remote_copies", "push_store"),
+    ("remote_copies", "pull_store"),
     ("publishing", "plain_line"),
     *(("labels", name) for name in (
         "next_returns", "forward_return_labels", "triple_barrier_labels", "average_uniqueness", "make_labels")),

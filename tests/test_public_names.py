@@ -35,25 +35,26 @@ PUBLIC = {
     "classifier": "EnsembleClassifier",
     "cli": """
         app audit_command backup candles_command check cli_main diff_command export history keygen_command
-        pin_command predict promote_command prune_command publish_command restore_command retrain_command rollback
-        run_command show_command sign_command unpin_command verify_command versions_command
+        pin_command predict promote_command prune_command publish_command pull_store_command push_store_command
+        restore_command retrain_command rollback run_command show_command sign_command unpin_command verify_command
+        versions_command
     """,
     "compiled_trees": "SplitGraph compiled_loop split_graph",
     "config": """
         AuditSettings DataSettings EnsembleSettings EvaluationSettings FeatureSettings GateSettings LabelSettings
         LearnerSettings LearnersSettings LightGBMSettings ProductionSettings RandomForestSettings Section Settings
-        TradingSettings TrainingSettings ValidationSettings WeightSettings XGBoostSettings core_tree expand_override
-        feature_manager leaf_paths load_settings set_policy
+        StoreSettings TradingSettings TrainingSettings ValidationSettings WeightSettings XGBoostSettings core_tree
+        expand_override feature_manager leaf_paths load_settings set_policy
     """,
     "core": """
         AmbiguousDataError ChangedMeaningError ColumnTypeError ConfigError DataError DuplicateError EmptyDataError
         FeatureError GapError HighLowError InfiniteValueError IntegrityError LFSPointerError MLEnsembleError
         MarkdownRepr MissingColumnError MissingExtraError MissingValueError ModelNotFoundError NegativeValueError
         NotATableError RetrainError SignatureError StaleDataError StaleStoreError StoreError TimestampError
-        TooShortError UnsafeModelError UnsortedError ValidationError canonical_json check_replaceable core_file
-        explain_os_error find_project in_threads iso models_dir n_threads page_file project_root read_regular
-        readable_json requires_extra sha256_hex shorten sync_directory usable_cpus utc_now version_id
-        working_directory write_atomic
+        TooShortError UnsafeModelError UnsortedError ValidationError canonical_json check_replaceable
+        check_store_url core_file explain_os_error find_project hide_credentials in_threads iso models_dir n_threads
+        page_file project_root read_regular readable_json requires_extra sha256_hex shorten sync_directory
+        usable_cpus utc_now version_id working_directory write_atomic
     """,
     "custom_features": "CustomFeature Window WindowBuffer custom_columns custom_feature load_custom",
     "ensemble": "ProductionEnsemble canary_rows closed_bars load_file metadata_beside restore_ensemble",
@@ -108,6 +109,7 @@ PUBLIC = {
         blend_config blend_learners fitting_options n_workers new_learners out_of_fold recipe_classes recipe_labels
         recipe_splitter threshold_objective training_set
     """,
+    "remote_copies": "PullResult PushResult RemoteError pull_store push_store",
     "retraining": """
         Candidate LabelEconomics NO_NEW_BARS RetrainResult STAGED blend_table champion_recipe check_first_fold
         compare_with_production ensemble_gain evaluate_blend evaluate_result execute fit_candidate gain_sentence
@@ -127,7 +129,8 @@ PUBLIC = {
     "trading_costs": "entry_delay known_spread net_returns plot_spread positions rolling_spread side_cost",
     "store_records": """
         MAX_HISTORY_BYTES MAX_METADATA_BYTES MAX_SEQUENCE VERSION changed_meaning check_chain check_fields
-        check_metadata decision_settings history_line meaning parse_history parse_json parse_metadata
+        check_metadata decision_settings history_line history_until meaning missing_lines parse_history parse_json
+        parse_metadata
     """,
     "text_tables": "TextLayout TextTable read_text_table",
     "training": "fit_all make_ensemble parity_error trained_proba",
@@ -135,9 +138,10 @@ PUBLIC = {
     "validation": "CombinatorialPurgedSplit PurgedWalkForward assemble_paths block_edges index_ns walk_forward_splits",
     "verification": "probe_artefact verify_version",
     "versioning": """
-        CHANGES MAX_MODEL_BYTES METADATA_FILE MODEL_FILE ModelStore archived check_reason check_version
-        present_or_damaged production_changes put_back read_archived read_bytes read_exact read_history_file
-        read_metadata read_pair read_signed read_staged remedy_for_damage verify_bytes write_store_file
+        CHANGES MAX_MODEL_BYTES METADATA_FILE MODEL_FILE ModelStore adopt_version archived check_reason
+        check_version extend_history present_or_damaged production_changes put_back read_archived read_bytes
+        read_exact read_history_file read_metadata read_pair read_signed read_staged remedy_for_damage verify_bytes
+        write_store_file
     """,
     "versions": "VersionDiff diff_versions plot_versions version_table",
     "walk_forward": """

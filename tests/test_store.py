@@ -126,7 +126,7 @@ def test_a_crash_at_any_sync_or_rename_leaves_the_old_or_the_new_version(tmp_pat
 
 
 @pytest.mark.filterwarnings("ignore:version .* is in production, but")
-@pytest.mark.parametrize("step", range(1, 15))
+@pytest.mark.parametrize("step", range(1, 16))
 def test_a_full_disk_is_an_error_only_where_production_is_unchanged(store, step, monkeypatch):
     """Each sync fails in turn. Before the commit: an error, the old files. After it: the new version, and no error."""
     store.promote(MODEL, {})
@@ -149,7 +149,7 @@ def test_a_full_disk_is_an_error_only_where_production_is_unchanged(store, step,
         failed = True
     monkeypatch.setattr(os, "fsync", whole)
     assert calls >= step and not list(store.root.rglob("*.tmp"))
-    assert failed == (step <= 11) and store.current()["sequence"] == (1 if failed else 2)
+    assert failed == (step <= 12) and store.current()["sequence"] == (1 if failed else 2)
     assert store.read()[1] == (MODEL if failed else MODEL[::-1])
     if failed:
         kept = {name: data for name, data in contents(store).items() if not name.startswith("production_backup_")}

@@ -98,6 +98,7 @@ def test_a_candidate_whose_promotion_was_killed_never_serves_and_is_removed_by_t
 # --- faults at every step ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.no_cover
 @pytest.mark.slow
 def test_no_fault_at_any_step_leaves_a_mixed_store_or_a_wrong_report(untraced):
     """A sample, in a process that is small and therefore quick to fork; `make faults` runs all of them."""
@@ -141,6 +142,7 @@ HISTORY = {
 }
 
 
+@pytest.mark.no_cover
 @pytest.mark.filterwarnings("ignore:version .* is in production, but the history", "ignore:the store could not be repaired")
 @pytest.mark.parametrize("kind", HISTORY)
 def test_an_intact_pair_is_read_and_replaced_whatever_the_state_of_the_history(store, kind):

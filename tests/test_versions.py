@@ -4,7 +4,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
+import warnings
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -151,6 +153,48 @@ def test_sixty_weeks_keep_the_newest_one_a_month_pinned_current_and_previous(tmp
     store.unpin(pinned)
     assert pinned in store.prune(dry_run=True) and pinned in store.versions()
     assert pinned in store.prune() and pinned not in store.versions()
+
+
+def test_no_month_is_kept_where_none_is_asked_for(store):
+    store.keep_versions, store.keep_months = 2, 0
+    made = promoted(store, b"1", b"2", b"3", b"4")
+    assert store.versions() == made[-2:]
+
+
+def test_a_backup_cut_off_between_its_files_is_not_seen(store, monkeypatch):
+    promoted(store, b"first")
+    replace = os.replace
+
+    def die(source, target):
+        if str(target).endswith("backup/" + METADATA_FILE):
+            raise KeyboardInterrupt
+        return replace(source, target)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", die)
+        store.backup()
+    assert not list(store.root.glob("production_backup_*")) and store.verify() == []
+    assert {file.name for file in store.backup().iterdir()} == {MODEL_FILE, METADATA_FILE}
+    assert not list((store.root / ".staging").glob("backup*"))
+
+
+def test_a_reader_between_the_two_replacements_of_a_promotion_waits_and_raises_no_alarm(store, monkeypatch):
+    first, = promoted(store, b"first")
+    replace, reads = os.replace, []
+
+    def slow(source, target):
+        if str(target).endswith("production/" + METADATA_FILE):
+            reader = threading.Thread(target=lambda: reads.append(ModelStore(store.root).read()))
+            reader.start()
+            time.sleep(0.03)
+            replace(source, target)
+            reader.join()
+        else:
+            replace(source, target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monkeypatch.setattr(os, "replace", slow)
+        second, = promoted(store, b"second")
+    assert [metadata["version"] for metadata, _ in reads] == [second] and reads[0][1] == b"second"
 
 
 def test_nothing_is_deleted_while_the_pins_cannot_be_read(store):
