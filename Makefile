@@ -86,6 +86,7 @@ bench: .venv/.installed ## Speed and memory beside peers, error rates of the gat
 
 faults: .venv/.installed ## Faults at each step of promotions, rollbacks and backups, signals at random moments (2 minutes)
 	@$(RUN) $(BIN)/python tests/store_faults.py
+	@$(BIN)/python tests/retrain_faults.py
 
 # Left out: libraries for NVIDIA's GPUs, and a checker of web addresses that adds 1.4 s to every import of nbformat.
 lock: .venv/.installed ## Resolve requirements.lock anew from pyproject.toml (needs uv)

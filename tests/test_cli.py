@@ -154,7 +154,7 @@ def test_text_of_the_user_is_printed_unchanged(call, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_interrupted_retrain_says_so_records_it_and_leaves_production(tmp_path, untraced):
+def test_an_interrupted_retrain_says_so_records_it_and_leaves_production(tmp_path):
     env = {**os.environ, "ML_ENSEMBLE_MODELS": str(tmp_path / "models")}
     running = subprocess.Popen([sys.executable, "-m", "ml_ensemble.cli", "retrain"], env=env, stderr=subprocess.PIPE,
                                text=True, start_new_session=True)

@@ -22,7 +22,7 @@ ROLLBACK = ["rollback", "--reason", "prüfen 試験"]
 
 
 @pytest.fixture
-def pair(store, untraced):
+def pair(store):
     """A store with two versions that a fresh process can load; the second is in production."""
     model = restore_ensemble(hand_made_payload()).to_bytes()
     for _ in range(2):

@@ -242,7 +242,7 @@ def measured(*words, env, limit=1_200_000_000):
 
 
 @pytest.mark.parametrize("kind", ["bomb", "device", "3 GB", "deep", "setting"])
-def test_a_process_ends_early_and_stays_small(tmp_path, project, untraced, kind):
+def test_a_process_ends_early_and_stays_small(tmp_path, project, kind):
     setting = ["--set", "labels.horizon=" + "[" * 5000] if kind == "setting" else []
     if not setting:
         put(project / "live/base.yaml", kind)
@@ -253,7 +253,7 @@ def test_a_process_ends_early_and_stays_small(tmp_path, project, untraced, kind)
     print(f"{kind}: {seconds:.2f} s, {peak:.0f} MB")
 
 
-def test_a_candle_file_of_3_gigabytes_is_not_read(tmp_path, untraced):
+def test_a_candle_file_of_3_gigabytes_is_not_read(tmp_path):
     put(tmp_path / "x.csv", "3 GB")
     code, document, seconds, peak = measured("candles", str(tmp_path / "x.csv"), "--json", limit=2_500_000_000,
                                              env={**os.environ, "ML_ENSEMBLE_MODELS": str(tmp_path), "OMP_NUM_THREADS": "1"})
@@ -331,7 +331,7 @@ def test_an_undeclared_feature_is_named_with_those_that_are_declared(store):
 
 
 @pytest.fixture
-def shadowed(tmp_path, untraced):
+def shadowed(tmp_path):
     """A project in whose folder files have the names of modules; each leaves a marker if it runs."""
     folder = shadow_modules(tmp_path / "shadowed", tmp_path / "ran")
     simulate_market(300, seed=1)[0].to_csv(folder / "candles.csv")

@@ -7,16 +7,9 @@ from nbdev.test import test_nb as run_notebook
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "nbs"
 
 
-# The code of a notebook's own cells is not the module's, and coverage doubles their time: only pages that run quickly and
-# use what tests do not are measured.
-MEASURED = {"features.ipynb", "monitor.ipynb"}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [
-    pytest.param(path.name, marks=() if path.name in MEASURED else pytest.mark.no_cover)
-    for path in sorted(NOTEBOOKS.glob("[!_]*.ipynb"))])
-def test_a_notebook_runs(name, tmp_path, monkeypatch, capfd, untraced):
+@pytest.mark.parametrize("name", [path.name for path in sorted(NOTEBOOKS.glob("[!_]*.ipynb"))])
+def test_a_notebook_runs(name, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("ML_ENSEMBLE_MODELS", str(tmp_path / "models"))
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.setenv("IN_TEST", "1")             # nbdev sets it and leaves it; a later nbdev_export would export nothing

@@ -144,7 +144,7 @@ def output_fails(where, *words):
 
 
 @pytest.mark.slow
-def test_each_exit_code_of_the_readme_occurs_and_no_others_exist(tmp_path, monkeypatch, untraced):
+def test_each_exit_code_of_the_readme_occurs_and_no_others_exist(tmp_path, monkeypatch):
     documented = {int(code): text for code, text in re.findall(r"^\| (\d+) \| (.+) \|$", README, re.M)}
     (tmp_path / "a_coin.py").write_text(COIN)
     monkeypatch.syspath_prepend(tmp_path)                  # as PYTHONPATH does

@@ -672,7 +672,7 @@ def command(monkeypatch):
     return call
 
 
-def test_the_commands_move_a_store_and_their_exit_codes_tell_what_happened(folder, here, other, command, monkeypatch, untraced):
+def test_the_commands_move_a_store_and_their_exit_codes_tell_what_happened(folder, here, other, command, monkeypatch):
     model = restore_ensemble(hand_made_payload()).to_bytes()
     here.promote(model, {"created_at": "2025-09-04T00:00:00Z"})
     monkeypatch.setenv("ML_ENSEMBLE_STORE__REMOTE", folder.url)

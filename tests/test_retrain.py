@@ -76,7 +76,7 @@ def test_the_store_has_the_documented_layout(trained):
     assert here - {".lock", ".lock_holder"} == expected | backups
 
 
-def test_the_configuration_as_it_stands_passes_its_gate_on_the_documented_market(store, untraced):
+def test_the_configuration_as_it_stands_passes_its_gate_on_the_documented_market(store):
     outcome = run(store, base=("allow_simulated=true",))
     assert outcome.promoted, str(outcome.verdict)
     assert outcome.metadata["configuration"]["learners"]["xgboost"]["n_estimators"] == 900

@@ -468,7 +468,6 @@ def test_a_new_definition_of_the_features_starts_a_new_stream(store):
     assert model.reload_if_changed() is False
 
 
-@pytest.mark.no_cover
 @pytest.mark.slow
 def test_80_000_decisions_on_8_threads_each_come_from_one_version_during_50_promotions(store, features):
     """Half of them from rows, half from the shared stream, whose bars are so even that each version has one answer."""

@@ -29,7 +29,7 @@ MODEL = bytes(range(256)) * 8
 
 
 def contents(store: ModelStore) -> dict:
-    files = (path for path in sorted(store.root.rglob("*")) if path.is_file() and path.name != ".lock")
+    files = (path for path in sorted(store.root.rglob("*")) if path.is_file() and path.name not in (".lock", ".lock_holder"))
     return {path.relative_to(store.root).as_posix(): path.read_bytes() for path in files}
 
 

@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import retrain_faults
 from scratch import SLOWED
 
 from ml_ensemble.core import IntegrityError, ModelNotFoundError, StoreError
@@ -98,9 +100,8 @@ def test_a_candidate_whose_promotion_was_killed_never_serves_and_is_removed_by_t
 # --- faults at every step ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.no_cover
 @pytest.mark.slow
-def test_no_fault_at_any_step_leaves_a_mixed_store_or_a_wrong_report(untraced):
+def test_no_fault_at_any_step_leaves_a_mixed_store_or_a_wrong_report():
     """A sample, in a process that is small and therefore quick to fork; `make faults` runs all of them."""
     done = subprocess.run([sys.executable, str(Path(__file__).with_name("store_faults.py")), "--step", "11", "--signals", "8"],
                           capture_output=True, text=True)
@@ -142,9 +143,8 @@ HISTORY = {
 }
 
 
-@pytest.mark.no_cover
 @pytest.mark.filterwarnings("ignore:version .* is in production, but the history", "ignore:the store could not be repaired")
-@pytest.mark.parametrize("kind", HISTORY)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow) if "million" in kind else kind for kind in HISTORY])
 def test_an_intact_pair_is_read_and_replaced_whatever_the_state_of_the_history(store, kind):
     promoted(store, b"first", b"second")
     (store.archive / "history.jsonl").unlink()
@@ -371,3 +371,14 @@ def test_damage_of_the_archive_is_a_warning_of_the_diagnosis(store):
     archived(store, store.versions()[0])[0].write_bytes(b"x")
     finding = next(finding for finding in diagnose(store).findings if finding.part == "store")
     assert finding.status == "warning" and "1 faults, the first: archive/" in finding.seen
+
+
+@pytest.mark.slow
+def test_a_retrain_killed_half_way_leaves_production_and_the_next_one_succeeds(trained, tmp_path):
+    """`make faults` kills twenty, at random moments, with their kernel and without it."""
+    models = Path(shutil.copytree(trained[0].root, tmp_path / "models"))
+    before = ModelStore(models)
+    versions, sequence = set(before.versions()), before.current()["sequence"]
+    code, _ = retrain_faults.retrain(models, 4.0)
+    assert code == -signal.SIGKILL and retrain_faults.judge(models, versions) == []
+    assert retrain_faults.judge_next(models, *retrain_faults.retrain(models), sequence) == []
