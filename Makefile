@@ -24,7 +24,7 @@ endef
 export WITH_ARGS
 RUN := $(BIN)/python -P -c "$$WITH_ARGS"
 
-.PHONY: help install retrain test test-quick export-check lint compiled lab notebooks bench faults lock clean
+.PHONY: help install retrain test test-quick export-check lint compiled lab notebooks bench bench-store faults lock clean
 .DEFAULT_GOAL := help
 
 help: ## Print this list
@@ -57,6 +57,8 @@ compiled: .venv/.installed
 
 # Tests run side by side, one process a CPU; each takes about 700 MB.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
+test test-quick: export OMP_NUM_THREADS := 1
+test test-quick: export OPENBLAS_NUM_THREADS := 1
 
 test: export-check lint compiled ## Export is fresh; notebooks as nbdev_test runs them and tests side by side; branch coverage
 	@$(RUN) $(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term --cov-fail-under=85
@@ -84,7 +86,10 @@ bench: .venv/.installed ## Speed and memory beside peers, error rates of the gat
 	  -p between 0 -p bars 6600 -p trees 0 -p workers 2; \
 	$(PRINT) < $$page
 
-faults: .venv/.installed ## Faults at each step of promotions, rollbacks and backups, signals at random moments (2 minutes)
+bench-store: .venv/.installed ## Promotions under load beside plain files and MLflow, rollback, a long history (ARGS="--mlflow PYTHON")
+	@$(RUN) $(BIN)/python tests/store_load.py
+
+faults: .venv/.installed ## Faults at each step of promotions, rollbacks and backups, signals at random moments, whole retrains killed (12 minutes)
 	@$(RUN) $(BIN)/python tests/store_faults.py
 	@$(BIN)/python tests/retrain_faults.py
 

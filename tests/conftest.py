@@ -86,8 +86,8 @@ def store(tmp_path) -> ModelStore:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """Coverage counts the lines of quick tests. It doubles the time of the slow ones, and they reach hardly any other line."""
-    if not item.get_closest_marker("slow"):
+    """Coverage doubles the time of a test; those that are marked reach hardly any line that no other test reaches."""
+    if not item.get_closest_marker("untraced"):
         return (yield)
     own, of_threads = sys.gettrace(), threading.gettrace()
     sys.settrace(None)

@@ -3,6 +3,7 @@
 Prints a table; then the seconds of `ml-ensemble rollback` for a model of 7 MB, and those and the memory of reading a long history.
 MLflow is no dependency: `--mlflow PYTHON` names an interpreter that has mlflow or mlflow-skinny.
 """
+import argparse
 import hashlib
 import json
 import multiprocessing
@@ -122,23 +123,91 @@ def under_load(name: str, promotions: int, promoters: int = 2, readers: int = 4)
             "torn reads": reads["torn"], "failed reads": reads["failed"], "seconds": round(took, 1)}
 
 
-def rollback_seconds(megabytes: int) -> list[float]:
-    """Seconds of three rollbacks by the command; the model is padded to the size, so that it loads as a real one does."""
-    from conftest import hand_made_payload
-    from ml_ensemble.ensemble import restore_ensemble
+def large_model(trees: int) -> bytes:
+    """A real model file; 2,400 trees of each learner make about 7 MB."""
+    from ml_ensemble.base_learners import make_learners
+    from ml_ensemble.config import load_settings
+    from ml_ensemble.feature_manager import FeatureManager
+    from ml_ensemble.labels import forward_return_labels
+    from ml_ensemble.sandbox import simulate_market
+    from ml_ensemble.training import fit_all, make_ensemble
+    from ml_ensemble.walk_forward import make_training_set
+    settings, candles = load_settings([f"n_estimators={trees}"]), simulate_market(6600)[0]
+    data = make_training_set(FeatureManager(), candles, forward_return_labels(candles, classes=2), 2)
+    learners = fit_all(data, make_learners(settings.learners.model_dump(), 1))
+    return make_ensemble(data, learners, settings.ensemble.weights.model_dump(), 0.5).to_bytes()
+
+
+def rollback_seconds(model: bytes, repeats: int) -> list[float]:
+    """Seconds of rollbacks by the command, each with its verification in a fresh process."""
     from ml_ensemble.versioning import ModelStore
     with tempfile.TemporaryDirectory() as folder:
         store = ModelStore(folder)
-        for threshold in (0.5, 0.6):
-            payload = hand_made_payload() | {"decision_threshold": threshold}
-            model = restore_ensemble(payload).to_bytes()
-            model = restore_ensemble(payload | {"padding": os.urandom(megabytes * 10**6 - len(model))}).to_bytes() \
-                if "padding" in payload else model
+        for _ in range(2):
             store.promote(model, {"created_at": store.clock().isoformat()})
         command = (Path(sys.executable).with_name("ml-ensemble"), "rollback", "--reason", "measured")
         times = []
-        for version in [*store.versions(), store.versions()[0]]:
+        for number in range(repeats):
             start = time.perf_counter()
-            subprocess.run([*command, "--to", version], env={**os.environ, "ML_ENSEMBLE_MODELS": folder}, check=True, capture_output=True)
+            subprocess.run([*command, "--to", store.versions()[number % 2]], env={**os.environ, "ML_ENSEMBLE_MODELS": folder},
+                           check=True, capture_output=True)
             times.append(time.perf_counter() - start)
     return times
+
+
+HISTORY = """
+import resource, sys, time
+from ml_ensemble.versioning import ModelStore
+store = ModelStore(sys.argv[1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.perf_counter()
+events = store.history()
+print(len(events), time.perf_counter() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e3)
+"""
+
+
+def history_figures(lines: int) -> list[float]:
+    """Lines, seconds and peak megabytes of a process that reads a long history of refusals."""
+    from ml_ensemble.store_records import history_line
+    with tempfile.TemporaryDirectory() as folder:
+        path, previous = Path(folder) / "archive" / "history.jsonl", b""
+        path.parent.mkdir()
+        with path.open("wb") as file:
+            for number in range(lines):
+                event = {"at": "2025-09-01T00:00:00Z", "kind": "refusal", "version": "20250901-0001", "reason": f"skill {number}"}
+                line = history_line(event, previous)
+                file.write(line)
+                previous = line.rstrip(b"\n")
+        done = subprocess.run([sys.executable, "-c", HISTORY, folder], capture_output=True, text=True, check=True)
+    return [float(word) for word in done.stdout.split()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--promotions", type=int, default=200)
+    parser.add_argument("--mlflow", metavar="PYTHON", help="an interpreter that has mlflow or mlflow-skinny")
+    parser.add_argument("--only", choices=KINDS, help=argparse.SUPPRESS)
+    words = parser.parse_args()
+    if words.only:
+        print(json.dumps(under_load(words.only, words.promotions)))
+        return
+    rows = []
+    for name in KINDS:
+        python = words.mlflow if name.startswith("MLflow") else sys.executable
+        if not python:
+            print(f"{name}: not measured; pass --mlflow PYTHON")
+            continue
+        done = subprocess.run([python, __file__, "--only", name, "--promotions", str(words.promotions)], capture_output=True, text=True)
+        rows.append(json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"store": name, "failed": done.stderr[-300:]})
+    print(f"{words.promotions} promotions of 1 MB by two processes, four readers")
+    for row in rows:
+        print("  " + ", ".join(f"{key} {value}" for key, value in row.items()))
+    model = large_model(2400)
+    times = rollback_seconds(model, 7)
+    print(f"ml-ensemble rollback, {len(model) / 1e6:.1f} MB: median {sorted(times)[3]:.2f} s, slowest {max(times):.2f} s")
+    lines, took, peak = history_figures(100_000)
+    print(f"history of {lines:,.0f} lines: {took:.2f} s, peak memory of the process {peak:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -380,6 +380,7 @@ def check_bars(found: pd.DataFrame, seed: int) -> int:
     return int(filled.sum())
 
 
+@pytest.mark.untraced
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk", range(8))
 def test_no_accepted_file_and_no_named_remedy_yields_a_bar_that_is_not_in_the_file(tmp_path, chunk):

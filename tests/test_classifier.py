@@ -48,12 +48,14 @@ CHECKS = [pytest.param(model, check, id=f"{name}-{number}-{check_name(check)}")
           if check_name(check) not in (ARRAY_API, EXPECTED_TO_FAIL)]
 
 
+@pytest.mark.untraced
 @pytest.mark.filterwarnings("ignore:Using the fractional value max_samples")
 @pytest.mark.parametrize(("model", "check"), CHECKS)
 def test_scikit_learns_contract(model, check):
     check(model)
 
 
+@pytest.mark.untraced
 def test_scikit_learns_contract_with_array_dispatch():
     script = f"""
 import warnings; warnings.simplefilter("ignore")

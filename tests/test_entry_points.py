@@ -155,6 +155,7 @@ def test_rows_give_the_state_of_the_table_bit_for_bit(kind):
     assert model.decide(*candles.iloc[-1], time=SAME) == expected.decide(*candles.iloc[-1], time=SAME)
 
 
+@pytest.mark.untraced
 def test_times_may_be_passed_beside_the_rows_and_long_histories_too():
     candles = market(60_000)
     expected = state(by_hand().warm_up(candles))

@@ -14,6 +14,7 @@ print(hashlib.sha256(_bootstrap_means(columns, 9, 300, seed=1).tobytes()).hexdig
 """
 
 
+@pytest.mark.untraced
 @pytest.mark.slow
 def test_the_bootstrap_gives_the_same_bits_under_every_kernel():
     """A matrix product sums in another order under each kernel of OpenBLAS, and the last digit of an interval moves."""

@@ -382,6 +382,7 @@ def test_ctrl_c_inside_a_custom_feature_leaves_the_stream_unchanged(interruptibl
         assert stream.step(*sandbox.iloc[t]).tobytes() == other.step(*sandbox.iloc[t]).tobytes()
 
 
+@pytest.mark.untraced
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from(["bars", "flat", "close", "gain", "atr", "squares", "closes", "volumes", "custom_bars", "fingerprint"]),
        st.one_of(st.none(), st.booleans(), st.text(max_size=3), st.floats(), st.integers(-10**40, 10**40),

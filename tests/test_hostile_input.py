@@ -86,6 +86,7 @@ SETS = {
 }
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("name", SETS)
 def test_a_malformed_setting_is_a_named_error(call, name):
     texts = SETS[name].split(" ") if name == "a huge sandbox" else [SETS[name]]
@@ -188,6 +189,7 @@ def project(tmp_path, monkeypatch):
     return core.parent
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("kind", FILES)
 @pytest.mark.parametrize("place", ["core/base.yaml", "core/thresholds.yaml", "live/base.yaml"])
 def test_a_settings_file_that_cannot_be_used_is_a_named_error(call, project, monkeypatch, kind, place):
@@ -224,6 +226,7 @@ ENVIRONMENT = {"ML_ENSEMBLE_ENV": ["../x", "/etc", "core/../core", "x" * 5000, "
                "ML_ENSEMBLE_\udcff": ["1"], "ML_ENSEMBLE_HORIZON": ["1"]}
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("name, value", [(name, value) for name, values in ENVIRONMENT.items() for value in values],
                          ids=lambda text: ascii(text)[:40])
 def test_a_malformed_variable_is_a_named_error(call, monkeypatch, name, value):

@@ -27,7 +27,7 @@ from ml_ensemble.leakage_audit import (FoldResult, OneFold, Pipeline, Rows, audi
 from ml_ensemble.sandbox import simulate_market
 from ml_ensemble.validation import PurgedWalkForward
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.untraced]
 SMALL = ("n_estimators=12", "learning_rate=0.2", "n_splits=3", "threads=1")
 CANDLES = simulate_market(1500, seed=5, strength=0.6)[0]
 

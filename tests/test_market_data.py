@@ -370,6 +370,7 @@ def test_candles_hold_nothing_but_candles_and_no_future():
     assert short[0].index.equals(candles.index[:3000])
 
 
+@pytest.mark.untraced
 @pytest.mark.slow
 def test_prices_stay_within_limits_over_many_years():
     for seed in range(8):

@@ -13,7 +13,7 @@ from ml_ensemble.core import utc_now
 from ml_ensemble.monitoring import diagnose
 from ml_ensemble.sandbox import simulate_market
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.untraced]
 SMALL = (*TINY, "n_splits=2", "replications=100", "audit.cuts=1", "champion_min_rows=30", "champion_margin=1",
          "allow_simulated=false")
 OF_FILES = (*SMALL, "days=null")

@@ -384,6 +384,7 @@ def in_a_session(graph, seconds, folder):
                           env=clean_environment())
 
 
+@pytest.mark.untraced
 def test_the_hostile_graphs_are_hostile(tmp_path):
     """Without the check they end the process, load for ever, or read files: the refusals above refuse something."""
     (tmp_path / "secret.bin").write_bytes(np.full(12, 0.25, dtype=np.float32).tobytes())

@@ -7,6 +7,7 @@ from nbdev.test import test_nb as run_notebook
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "nbs"
 
 
+@pytest.mark.untraced
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [path.name for path in sorted(NOTEBOOKS.glob("[!_]*.ipynb"))])
 def test_a_notebook_runs(name, tmp_path, monkeypatch, capfd):

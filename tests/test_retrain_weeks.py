@@ -11,7 +11,7 @@ from conftest import TINY
 from ml_ensemble import ModelStore, exchange, market_data, retrain
 from test_exchange import PLACES, STEP, Server
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.untraced]
 WEEK = 42                     # bars
 SOURCE = f"ccxt:{PLACES['bitbank']}"
 SMALL = (*TINY, "n_splits=2", "replications=100", "audit.cuts=1", "labels.threshold=0.001", "champion_min_rows=30",

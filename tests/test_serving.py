@@ -468,6 +468,7 @@ def test_a_new_definition_of_the_features_starts_a_new_stream(store):
     assert model.reload_if_changed() is False
 
 
+@pytest.mark.untraced
 @pytest.mark.slow
 def test_80_000_decisions_on_8_threads_each_come_from_one_version_during_50_promotions(store, features):
     """Half of them from rows, half from the shared stream, whose bars are so even that each version has one answer."""
@@ -617,6 +618,7 @@ def test_100_000_rows_also_on_and_beside_every_split_get_the_learners_probabilit
     assert clear.mean() > 0.999 and len(np.unique(said)) >= 2
 
 
+@pytest.mark.untraced
 def test_compiled_trees_give_the_bits_of_decide_on_100_000_rows():
     data, learners = sandbox_learned(2, 1)
     loaded = sandbox_ensemble(calibration="platt")._state.loaded

@@ -22,7 +22,7 @@ from ml_ensemble.skill_sources import (SkillSources, above_zero, money_bridge, p
 from ml_ensemble.trading_costs import entry_delay, known_spread, rolling_spread, side_cost
 from ml_ensemble.versioning import ModelStore
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.untraced]
 SMALL = ("lightgbm.n_estimators=60", "xgboost.n_estimators=60", "random_forest.n_estimators=30", "learning_rate=0.05",
          "replications=300", "audit.cuts=16")
 silent = lambda text: None

@@ -143,6 +143,7 @@ HISTORY = {
 }
 
 
+@pytest.mark.untraced
 @pytest.mark.filterwarnings("ignore:version .* is in production, but the history", "ignore:the store could not be repaired")
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow) if "million" in kind else kind for kind in HISTORY])
 def test_an_intact_pair_is_read_and_replaced_whatever_the_state_of_the_history(store, kind):
@@ -378,7 +379,7 @@ def test_a_retrain_killed_half_way_leaves_production_and_the_next_one_succeeds(t
     """`make faults` kills twenty, at random moments, with their kernel and without it."""
     models = Path(shutil.copytree(trained[0].root, tmp_path / "models"))
     before = ModelStore(models)
-    versions, sequence = set(before.versions()), before.current()["sequence"]
+    versions = set(before.versions())
     code, _ = retrain_faults.retrain(models, 4.0)
     assert code == -signal.SIGKILL and retrain_faults.judge(models, versions) == []
-    assert retrain_faults.judge_next(models, *retrain_faults.retrain(models), sequence) == []
+    assert retrain_faults.judge_next(models, *retrain_faults.retrain(models), 0) == []         # promoted, or refused for its figures
