@@ -24,7 +24,7 @@ endef
 export WITH_ARGS
 RUN := $(BIN)/python -P -c "$$WITH_ARGS"
 
-.PHONY: help install retrain test test-quick export-check lint compiled lab notebooks bench bench-store faults lock clean
+.PHONY: help install retrain test test-quick checks export-check lint compiled lab notebooks bench bench-store faults lock clean
 .DEFAULT_GOAL := help
 
 help: ## Print this list
@@ -60,10 +60,13 @@ PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 test test-quick: export OMP_NUM_THREADS := 1
 test test-quick: export OPENBLAS_NUM_THREADS := 1
 
-test: export-check lint compiled ## Export is fresh; notebooks as nbdev_test runs them and tests side by side; branch coverage
+checks: .venv/.installed
+	@$(MAKE) --no-print-directory --jobs=2 export-check lint compiled
+
+test: checks ## Export is fresh; notebooks as nbdev_test runs them and tests side by side; branch coverage
 	@$(RUN) $(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term --cov-fail-under=85
 
-test-quick: export-check lint compiled ## The same without notebooks, coverage and what is slow: for the edit loop, below 90 s
+test-quick: checks ## The same without notebooks, coverage and what is slow: for the edit loop, below 90 s
 	@$(RUN) $(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 lab: .venv/.installed ## JupyterLab on the notebooks; ARGS="--port 9000" and the like

@@ -15,6 +15,8 @@ from types import SimpleNamespace
 import nbformat
 import numpy as np
 import pytest
+from click.testing import CliRunner
+from papermill.cli import papermill
 
 from conftest import QUICK, TINY, hand_made_payload
 from ml_ensemble import FeatureManager, ModelStore, ProductionEnsemble, retrain, retraining
@@ -483,17 +485,30 @@ def test_an_error_of_a_library_is_named_recorded_and_reported(store, monkeypatch
     assert store.history()[-1]["kind"] == "failure" and "Kernel didn't respond" in inbox[0]["message"]
 
 
-@pytest.mark.parametrize("words, message", [
-    (["-p", "overrides", "labels.horizon=-3"], "ConfigError: labels.horizon"),
-    (["-p", "days", "abc"], "ConfigError: parameter days is 'abc' of type str"),
-    (["-y", "days: 2024-01-01"], "ConfigError: parameter days is"),
-    (["-p", "day", "300"], "ConfigError: weekly_retrain.ipynb has no parameter 'day'")])
-def test_papermill_itself_gets_a_named_error_for_a_wrong_parameter(tmp_path, words, message):
+def test_papermill_itself_gets_a_named_error_for_a_wrong_parameter(tmp_path):
     done = subprocess.run([sys.executable, "-m", "papermill", "nbs/weekly_retrain.ipynb", str(tmp_path / "report.ipynb"),
-                           "-p", "models", str(tmp_path / "models"), *words], cwd=ROOT, capture_output=True, text=True,
+                           "-p", "models", str(tmp_path / "models"), "-p", "days", "abc"], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode != 0 and message in done.stderr
+    assert done.returncode != 0 and "ConfigError: parameter days is 'abc' of type str" in done.stderr
     assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize("words, message", [
+    (["-p", "overrides", "labels.horizon=-3"], "labels.horizon"),
+    (["-y", "days: 2024-01-01"], "parameter days is"),
+    (["-p", "day", "300"], "weekly_retrain.ipynb has no parameter 'day'")])
+def test_the_cells_that_papermill_writes_for_a_wrong_parameter_end_in_a_named_error(tmp_path, words, message):
+    page = tmp_path / "report.ipynb"
+    done = CliRunner().invoke(papermill, ["nbs/weekly_retrain.ipynb", str(page), "--prepare-only", "-p", "models",
+                                          str(tmp_path / "models"), *words])
+    assert done.exit_code == 0, done.output
+    names = {"display": lambda *shown: None, "In": []}
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        for cell in nbformat.read(page, 4).cells:
+            if cell.cell_type == "code":
+                names["In"].append(cell.source)
+                exec(cell.source.replace("%matplotlib inline", ""), names)
+    assert len(names["In"]) == 4 and not (tmp_path / "models").exists()
 
 
 def test_a_report_that_cannot_be_rendered_does_not_stop_a_run(tmp_path, monkeypatch):
