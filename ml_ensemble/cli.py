@@ -823,10 +823,11 @@ _RemoteUrl = Annotated[str | None, typer.Option(
 
 def _remote_url(remote: str | None) -> str:
     "The given URL, or the configured one."
-    if remote is not None:
-        return remote
     from ml_ensemble.config import load_settings
-    return load_settings().store.remote
+    url = load_settings().store.remote if remote is None else remote
+    if url.startswith("memory:"):
+        raise ConfigError("a copy in memory ends with the command", "Name a place that stays, such as s3://bucket/models.")
+    return url
 
 def _show_transfer(what: str, as_json: bool) -> Callable[[str], object]:
     "Progress of a transfer on standard error; nothing with JSON."

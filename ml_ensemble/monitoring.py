@@ -23,7 +23,7 @@ from .ensemble import ProductionEnsemble
 from .feature_manager import check_order_file
 from .signing import key_id
 from .store_records import MAX_METADATA_BYTES, parse_json
-from .versioning import ModelStore, put_back, read_history_file, remedy_for_damage
+from .versioning import ModelStore, present_or_damaged, put_back, read_history_file, remedy_for_damage
 
 # %% ../nbs/50_monitoring.ipynb #0693fc02
 _SEPARATOR = re.compile(r"[\s]+,?\s*|,(?=\s*[A-Za-z][\w+.-]*://)")       # a comma within a URL separates nothing
@@ -212,10 +212,14 @@ def _check_training(store: ModelStore, version: str) -> list[HealthCheck]:
     return [HealthCheck("training", "warning", f"the learners of {whose}, not those of {version} in production",
                         "They are for analysis only; the next promotion replaces them.")]
 
+# %% ../nbs/50_monitoring.ipynb #44bb1f86
 def _check_signature(store: ModelStore) -> HealthCheck:
     "Whether metadata has to be signed."
     if store.public_key:
         return HealthCheck("signature", "ok", f"metadata has to be signed with the key {key_id(store.public_key)}")
+    if signature := (present_or_damaged(store) or {}).get("signature"):
+        return HealthCheck("signature", "ok", f"signed with the key {signature['key']}, which is not checked: "
+                           "ML_ENSEMBLE_PUBLIC_KEY is not set")
     return HealthCheck("signature", "ok", "unsigned: hashes detect damage, but whoever can write the store can replace the model "
                        "(`ml-ensemble keygen`, SECURITY.md)")
 

@@ -8,10 +8,11 @@ __all__ = ['RemoteError', 'PushResult', 'push_store', 'PullResult', 'pull_store'
 # %% ../nbs/48_remote_copies.ipynb #48c00003
 import errno
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ from .core import (ChangedMeaningError, ConfigError, IntegrityError, MissingExtr
 from .signing import check_mark, check_signature
 from .store_records import (MAX_HISTORY_BYTES, MAX_METADATA_BYTES, VERSION, changed_meaning, check_chain,
                                        decision_settings, history_until, missing_lines, parse_history, parse_json, parse_metadata)
-from .versioning import (CHANGES, MAX_MODEL_BYTES, METADATA_FILE, ModelStore, adopt_version, archived, check_reason,
+from .versioning import (CHANGES, MAX_MODEL_BYTES, METADATA_FILE, MODEL_FILE, ModelStore, adopt_version, archived, check_reason,
                                     extend_history, production_changes, put_back, read_archived, read_pair, verify_bytes,
                                     write_store_file)
 
@@ -31,6 +32,8 @@ class RemoteError(StoreError):
     """A remote copy that cannot be reached, read or written."""
 
 _AGAIN = "then run the command again: it continues where it ended"
+_DIVERGED = ("Both were changed after they were the same, and cannot be joined. Push this store to a URL of its own, or pull the remote "
+             "into an empty folder (ML_ENSEMBLE_MODELS).")
 _SUSPECT = ("Find out who wrote the remote copy, and make a new one at another URL with `ml-ensemble push-store`, from a store that "
             "is intact.")
 
@@ -139,6 +142,36 @@ class _Objects:
             _put_object(self, name, data, mode="create")
         else:
             _put_object(self, name, data, IfMatch=tag)
+
+# %% ../nbs/48_remote_copies.ipynb #02a8157a
+_CALL_SECONDS = 180.0
+
+@dataclass(frozen=True)
+class _Timed:
+    """A file system of fsspec, each of whose calls ends within a time limit: a server may stop to answer."""
+    system: Any
+
+    def __getattr__(self, name: str):
+        return partial(_in_time, getattr(self.system, name))
+
+def _in_time(call: Callable, *args, **kwargs):
+    "The result of a call that is made in a thread; TimeoutError after the limit, when the thread is left behind."
+    ended: list[tuple[Any, BaseException | None]] = []
+
+    def run() -> None:
+        try:
+            ended.append((call(*args, **kwargs), None))
+        except BaseException as error:
+            ended.append((None, error))
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(_CALL_SECONDS)
+    if not ended:
+        raise TimeoutError(f"no answer within {_CALL_SECONDS:g} seconds")
+    result, error = ended[0]
+    if error:
+        raise error
+    return result
 
 # %% ../nbs/48_remote_copies.ipynb #48c00030
 _ATOMIC = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "memory"}      # a write is seen as a whole or not at all
@@ -252,7 +285,7 @@ def _open_remote(url: str, store: ModelStore) -> _Remote:
             system, root = fsspec.core.url_to_fs(url)
     except RemoteError as error:
         raise ConfigError(error.problem, "Name a protocol of fsspec, such as s3://bucket/models or file:/mnt/models.") from None
-    return _Remote(_Objects(system, root.rstrip("/"), protocol), shown)
+    return _Remote(_Objects(_Timed(system), root.rstrip("/"), protocol), shown)
 
 # %% ../nbs/48_remote_copies.ipynb #48c00014
 _PRODUCTION = f"production/{METADATA_FILE}"
@@ -299,7 +332,8 @@ def _from_remote(url: str, name: str) -> Iterator[None]:
     try:
         yield
     except SignatureError as error:
-        raise SignatureError(f"{name} at {url}: {error.problem}", _SUSPECT) from None
+        raise SignatureError(f"{name} at {url}: {error.problem}", "If the store was signed anew, or its key was changed, it has to be "
+                             f"pushed to a new URL. If not: {_SUSPECT}") from None
 
 # %% ../nbs/48_remote_copies.ipynb #48c00015
 def _remote_state(remote: _Remote, store: ModelStore, *, pulling: bool) -> _State:
@@ -374,10 +408,12 @@ def _check_push(store: ModelStore, here: _State, there: _State, url: str) -> Non
     "StaleStoreError if the remote is not an older state of the store."
     if there.text is None or there.text == here.text:
         return
-    remedy = "Nothing was overwritten. Run `ml-ensemble pull-store` first; if two stores push to the same place, give each its own URL."
+    remedy = f"Nothing was overwritten. {_DIVERGED}"
     what = f"version {there.metadata['version']} (sequence {there.sequence}) is in production at {url}"
     if there.sequence > here.sequence:
-        raise StaleStoreError(f"{what}, which is newer than {here.metadata['version']} (sequence {here.sequence}) here", remedy)
+        behind = all(_same_change(there.changes.get(sequence), change) for sequence, change in here.changes.items())
+        raise StaleStoreError(f"{what}, which is newer than {here.metadata['version']} (sequence {here.sequence}) here",
+                              "Nothing was overwritten. Run `ml-ensemble pull-store` first." if behind else remedy)
     if there.sequence == here.sequence:
         raise StaleStoreError(f"{what}, and version {here.metadata['version']} with the same sequence and other content here", remedy)
     recorded = here.changes
@@ -437,6 +473,9 @@ def push_store(store: ModelStore, url: str, *, progress: Callable[[str], object]
     ('pushed', ('20250901-0001',), 'up to date')
     """
     remote = _open_remote(url, store)
+    if remote.size(f"production/{MODEL_FILE}") is not None:
+        raise ConfigError(f"{remote.url} is a model store, not a copy of one: it has production/{MODEL_FILE}",
+                          "Name another folder. A store gets versions by `ml-ensemble pull-store`.")
     here = _local_state(store)
     there = _remote_state(remote, store, pulling=False)
     _check_push(store, here, there, remote.url)
@@ -504,16 +543,17 @@ class PullResult:
 
 def _check_pull(store: ModelStore, remote: _Remote, current: dict | None, there: _State) -> None:
     "StaleStoreError if the store is not an older state of the remote."
-    known = there.changes
-    remedy = ("Production was not changed. If the store here is right, run `ml-ensemble push-store`; if the remote is, pull it into an "
-              "empty folder (ML_ENSEMBLE_MODELS).")
+    known, own = there.changes, {change["sequence"]: change for change in production_changes(store)}
+    remedy = f"Production was not changed. {_DIVERGED}"
     what = f"version {there.metadata['version']} (sequence {there.sequence}) is in production at {remote.url}"
-    newest = max([change["sequence"] for change in production_changes(store)] + [current["sequence"] if current else 0])
+    newest = max([*own, current["sequence"] if current else 0])
     if newest > there.sequence:
-        raise StaleStoreError(f"{what}, but the store here has the newer change {newest}", remedy)
+        ahead = all(_same_change(known.get(sequence), change) for sequence, change in own.items() if sequence <= there.sequence)
+        raise StaleStoreError(f"{what}, but the store here has the newer change {newest}",
+                              "Production was not changed. Run `ml-ensemble push-store` instead." if ahead else remedy)
     if current and current["sequence"] == there.sequence and current != there.metadata:
         raise StaleStoreError(f"{what}, and version {current['version']} with the same sequence and other content here", remedy)
-    for change in production_changes(store):
+    for change in own.values():
         if not _same_change(known.get(change["sequence"]), change):
             raise StaleStoreError(f"{what}, but the change {change['sequence']} to version {change.get('version')} here is not in its "
                                   "history", remedy)
@@ -583,7 +623,12 @@ def pull_store(store: ModelStore, url: str, *, production_only: bool = False, ac
     ('pulled', '20250901-0001', True)
     """
     remote = _open_remote(url, store)
-    current, there = store.current(), _remote_state(remote, store, pulling=True)
+    try:
+        current = store.current()
+    except SignatureError as error:
+        raise SignatureError(f"production here: {error.problem}", "If the key was changed, pull into an empty folder "
+                             f"(ML_ENSEMBLE_MODELS). If not: {error.remedy}") from None
+    there = _remote_state(remote, store, pulling=True)
     if there.text is None:
         raise RemoteError(f"there is no copy of a store at {remote.url} ({_PRODUCTION} is missing)",
                           "Correct the address, or run `ml-ensemble push-store` where the store is.")
@@ -626,7 +671,10 @@ def _fetch(store: ModelStore, remote: _Remote, version: str, there: _State, prog
     model = remote.read(model_name, min(size, MAX_MODEL_BYTES))
     if model is None or len(model) != metadata.get("size_bytes", len(model)):
         raise IntegrityError(f"{model_name} at {remote.url} is missing or shorter than its metadata record", _SUSPECT)
-    return text, verify_bytes(model, metadata, f"{model_name} at {remote.url}")
+    try:
+        return text, verify_bytes(model, metadata, f"{model_name} at {remote.url}")
+    except IntegrityError as error:
+        raise IntegrityError(error.problem, _SUSPECT) from None
 
 def _write_version(store: ModelStore, version: str, text: bytes, model: bytes) -> None:
     "Write a verified version to the archive, metadata last; the caller holds the lock."
@@ -680,7 +728,7 @@ def _pull_archive(store: ModelStore, remote: _Remote, there: _State, progress) -
     names = sorted({change["version"] for change in there.changes.values()}, key=lambda name: int(name[9:]))
     months = {name[:6]: name for name in names}
     kept = {*names[-store.keep_versions:], *list(months.values())[-store.keep_months:] * bool(store.keep_months), *pins, *store.pins()}
-    missing = [name for name in names if name in kept and not archived(store, name)[1].exists()]
+    missing = [name for name in names if name in kept and not _is_readable(store, name)]
     if missing:
         store.repair()                                         # a pull that was killed leaves half of a version
     for version in reversed(missing):
@@ -697,6 +745,13 @@ def _pull_archive(store: ModelStore, remote: _Remote, there: _State, progress) -
         if new:
             write_store_file(store, store.archive / "pinned.json", readable_json(store.pins() | new))
     return fetched, refused
+
+def _is_readable(store: ModelStore, version: str) -> bool:
+    "Whether a version is in the archive, intact, and signed if it has to be."
+    with suppress(StoreError):
+        read_archived(store, version)
+        return True
+    return False
 
 def _remote_pins(remote: _Remote) -> dict[str, str]:
     "Pins at the remote, at most 1,000; IntegrityError if it is something else."

@@ -76,17 +76,26 @@ def public_text(key) -> str:
     "A public key as text."
     return _PREFIX + base64.b64encode(key.public_bytes_raw()).decode()
 
+# %% ../nbs/11_signing.ipynb #1ac87675
 def _read_private(path: str | Path):
     "The private key in a file; ConfigError if there is none."
     ed25519, serialization, _ = _cryptography()
     try:
         key = serialization.load_pem_private_key(read_regular(path, 10_000), None)
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"the signing key {shorten(str(path))} cannot be read ({type(error).__name__})",
-                          "Set ML_ENSEMBLE_SIGNING_KEY to a file that `ml-ensemble keygen` wrote.") from error
+        raise ConfigError(f"the signing key{_shown_path(path)} cannot be read ({type(error).__name__})",
+                          "Set ML_ENSEMBLE_SIGNING_KEY to the path of a file that `ml-ensemble keygen` wrote.") from None
     if not isinstance(key, ed25519.Ed25519PrivateKey):
-        raise ConfigError(f"the signing key {shorten(str(path))} is no Ed25519 key", "Make one with `ml-ensemble keygen`.")
+        raise ConfigError(f"the signing key{_shown_path(path)} is no Ed25519 key", "Make one with `ml-ensemble keygen`.")
     return key
+
+def _shown_path(path: str | Path) -> str:
+    "A path for a message; empty for a text that may be the key itself."
+    folder, slash, name = str(path).rpartition("/")
+    try:
+        return f" {shorten(str(path))}" if slash and name.isprintable() and Path(folder or "/").is_dir() else ""
+    except (OSError, ValueError):
+        return ""
 
 def public_of(path: str | Path) -> str:
     "The public key of the private key in a file."
@@ -99,8 +108,8 @@ def public_key(text: str) -> str:
         try:
             text = read_regular(Path(text).expanduser(), 1000).decode().strip()
         except (OSError, UnicodeDecodeError, RuntimeError) as error:
-            raise ConfigError(f"ML_ENSEMBLE_PUBLIC_KEY is neither a key nor a readable file ({error})",
-                              "Set it to the line that `ml-ensemble keygen` printed.") from error
+            raise ConfigError(f"ML_ENSEMBLE_PUBLIC_KEY is neither a key nor a readable file ({type(error).__name__})",
+                              "Set it to the line that `ml-ensemble keygen` printed, or to its file, which ends with .pub.") from None
     _load_public(text)
     return text
 
@@ -109,8 +118,10 @@ def _load_public(text: str):
     try:
         raw = base64.b64decode(text.removeprefix(_PREFIX).encode(), validate=True)
         return _cryptography()[0].Ed25519PublicKey.from_public_bytes(raw)
-    except ValueError as error:
-        raise ConfigError(f"the public key {shorten(text)!r} is no Ed25519 key", "Copy the whole line of `ml-ensemble keygen`.") from error
+    except ValueError:                                        # the text is not shown: it may be the private key
+        what = "a private key" if "PRIVATE" in text else f"no Ed25519 key ({len(text):,} characters)"
+        raise ConfigError(f"the public key is {what}",
+                          "Copy the line of `ml-ensemble keygen`, or name its file, which ends with .pub.") from None
 
 def key_id(public: str) -> str:
     "Short name of a public key, 16 hexadecimal digits."
@@ -218,7 +229,8 @@ def check_mark(metadata: dict, root: Path, public: str) -> None:
     if metadata["sequence"] < mark["sequence"]:
         raise SignatureError(f"the metadata of version {metadata['version']} has the sequence {metadata['sequence']}, but "
                              f"{mark['sequence']} was seen before: an older version was put back",
-                             "Restore models/ from git; `ml-ensemble rollback` signs an older version with a new sequence.")
+                             "Restore models/ from git or with `ml-ensemble pull-store`; `ml-ensemble rollback` signs an older version "
+                             "with a new sequence.")
     if mark["store_id"] and metadata.get("store_id") != mark["store_id"]:
         raise SignatureError(f"the metadata of version {metadata['version']} belongs to another store",
                              "Restore models/ from git.")

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import warnings
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -703,3 +704,76 @@ def test_the_options_of_fsspec_come_from_the_environment(s3, here):
                           capture_output=True, text=True, env=environment, timeout=60)
     assert (done.returncode, done.stderr) == (0, "") and json.loads(done.stdout)["sent"] == here.versions()
     assert PRODUCTION in s3.names()
+
+
+# --- what a stranger tried --------------------------------------------------------------------------------------------
+
+
+def test_a_store_in_use_is_no_place_for_a_copy(here, other, command):
+    promote(other, b"of another")
+    before = files(other)
+    with pytest.raises(ConfigError, match="is a model store, not a copy"):
+        push_store(here, f"file:{other.root}")
+    assert files(other) == before
+    in_memory = command(here, "push-store", "--remote", "memory://x")
+    assert in_memory.code == 2 and "ends with the command" in in_memory.err
+
+
+def test_stores_that_went_apart_are_told_so_and_the_named_remedies_work(here, folder, tmp_path):
+    push_store(here, folder.url)
+    there = ModelStore(tmp_path / "there", clock=lambda: NOON + timedelta(minutes=1))
+    pull_store(there, folder.url)
+    here.rollback("here")
+    there.rollback("there")
+    push_store(here, folder.url)
+    for attempt in (lambda: push_store(there, folder.url), lambda: pull_store(there, folder.url)):
+        with pytest.raises(StaleStoreError, match="cannot be joined") as caught:
+            attempt()
+        assert "push-store` first" not in str(caught.value) and "pull-store` first" not in str(caught.value)
+    there.rollback("higher than the remote", here.versions()[1])
+    for attempt in (lambda: push_store(there, folder.url), lambda: pull_store(there, folder.url)):
+        with pytest.raises(StaleStoreError, match="cannot be joined"):
+            attempt()
+    assert push_store(there, f"file:{tmp_path}/own").status == "pushed"
+    assert pull_store(ModelStore(tmp_path / "empty", clock=lambda: NOON), folder.url).status == "pulled"
+
+
+def test_a_server_that_stops_to_answer_ends_in_an_error(here, monkeypatch):
+    import fsspec
+    silent = threading.Event()
+
+    class Silent(fsspec.AbstractFileSystem):
+        protocol = "silent"
+
+        def info(self, path, **more):
+            silent.wait(20)
+
+    fsspec.register_implementation("silent", Silent, clobber=True)
+    monkeypatch.setattr("ml_ensemble.remote_copies._CALL_SECONDS", 0.1)
+    with pytest.raises(RemoteError, match="no answer within 0.1 seconds"):
+        push_store(here, "silent://x/models")
+    silent.set()
+
+
+def test_a_damaged_or_unsigned_archived_version_is_fetched_again(here, folder, other):
+    push_store(here, folder.url)
+    pull_store(other, folder.url)
+    first = other.versions()[0]
+    path = other.archive / f"production_ensemble_{first}.pkl"
+    path.write_bytes(path.read_bytes() + b"x")
+    assert pull_store(other, folder.url).fetched == (first,) and other.verify() == []
+
+
+def test_a_bot_with_a_new_key_is_told_to_pull_into_an_empty_folder(here, folder, tmp_path):
+    push_store(here, folder.url)
+    bot = ModelStore(tmp_path / "bot", clock=lambda: NOON)
+    pull_store(bot, folder.url)
+    key = generate_key(tmp_path / "a.key")
+    signer = ModelStore(here.root, clock=lambda: NOON, signing_key=str(tmp_path / "a.key"), public_key=key)
+    signer.sign("begin to sign")
+    push_store(signer, f"file:{tmp_path}/signed")
+    with pytest.raises(SignatureError, match="pull into an empty folder"):
+        pull_store(ModelStore(bot.root, clock=lambda: NOON, public_key=key), f"file:{tmp_path}/signed")
+    with pytest.raises(SignatureError, match="pushed to a new URL"):
+        pull_store(ModelStore(tmp_path / "new", clock=lambda: NOON, public_key=key), folder.url)
+    assert pull_store(ModelStore(tmp_path / "new", clock=lambda: NOON, public_key=key), f"file:{tmp_path}/signed").status == "pulled"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import warnings
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -16,6 +17,7 @@ from conftest import hand_made_payload
 from ml_ensemble.core import (ChangedMeaningError, ConfigError, IntegrityError, ModelNotFoundError, SignatureError, StaleStoreError,
                               StoreError)
 from ml_ensemble.ensemble import ProductionEnsemble, restore_ensemble
+from ml_ensemble.monitoring import diagnose
 from ml_ensemble.signing import generate_key
 from ml_ensemble.store_records import check_chain
 from ml_ensemble.versioning import METADATA_FILE, MODEL_FILE, ModelStore, archived
@@ -452,6 +454,25 @@ def test_a_key_is_never_written_over_a_file_or_through_a_link(tmp_path):
     with pytest.raises(ConfigError, match="cannot be created"):
         generate_key(tmp_path / "a.key")
     assert not (tmp_path / "elsewhere").exists() and not (tmp_path / "a.key").exists()
+
+
+@pytest.mark.parametrize("public", ["text", "file"])
+def test_no_part_of_a_private_key_is_ever_shown(store, keys, public):
+    """Its text in the place of its path, and the private key in the place of the public one."""
+    private = Path(keys["ours"][0]).read_text()
+    body = private.split("\n")[1]
+    wrong = keys["ours"][0] if public == "file" else private
+    for attempt in (lambda: ModelStore(store.root, public_key=wrong), lambda: ModelStore(store.root, signing_key=private),
+                    lambda: ModelStore(store.root, signing_key=body), lambda: ModelStore(store.root, public_key=body)):
+        with pytest.raises(ConfigError) as caught:
+            attempt()
+        shown = "".join(traceback.format_exception(caught.value)).partition("ml_ensemble.core.ConfigError")[2]
+        assert not any(body[k:k + 8] in str(caught.value) + shown for k in range(len(body) - 8))
+
+
+def test_the_diagnosis_says_that_a_signed_store_is_signed(signed):
+    signature = lambda store: next(finding.seen for finding in diagnose(store).findings if finding.part == "signature")
+    assert "which is not checked" in signature(ModelStore(signed.root)) and "has to be signed" in signature(signed)
 
 
 # --- what a decision means --------------------------------------------------------------------------------------------
