@@ -161,7 +161,8 @@ def _ending_after(change: dict, error: BaseException) -> _Ending:
     "Message and exit code of an exception after production was changed."
     reason = _ending(error).error.problem.rstrip(".")
     problem = f"version {change['version']} is in production, as requested. After that the command ended early: {reason}"
-    return _Ending(MLEnsembleError(problem, "Do not repeat it; `ml-ensemble history` shows the change."), _CHANGED)
+    remedy = "`ml-ensemble history` shows the change. Do not repeat a promotion or rollback; a pull may be repeated."
+    return _Ending(MLEnsembleError(problem, remedy), _CHANGED)
 
 # %% ../nbs/54_cli.ipynb #53a00007
 def _report(ending: _Ending, as_json: bool) -> int:
@@ -834,10 +835,14 @@ def _show_transfer(what: str, as_json: bool) -> Callable[[str], object]:
     return (lambda text: None) if as_json else lambda text: _stderr().print(f"{what} {_plain(text)} ...")
 
 @app.command("push-store")
-def push_store_command(context: typer.Context, remote: _RemoteUrl = None, as_json: _Json = False):
+def push_store_command(
+    context: typer.Context, remote: _RemoteUrl = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read and compare every model that is there already.")] = False,
+    as_json: _Json = False,
+):
     "Send versions, history and what is in production to a remote copy; nothing there is overwritten."
     from ml_ensemble.remote_copies import push_store
-    result = push_store(_store_of(context), _remote_url(remote), progress=_show_transfer("Sending", as_json))
+    result = push_store(_store_of(context), _remote_url(remote), verify=verify, progress=_show_transfer("Sending", as_json))
     if as_json:
         print(readable_json(result.to_dict()), end="")
     else:

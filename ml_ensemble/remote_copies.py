@@ -431,7 +431,8 @@ def _other_model(store: ModelStore, metadata: dict) -> bool:
         return False                                           # pruned, or damaged, which is reported elsewhere
 
 # %% ../nbs/48_remote_copies.ipynb #48c00018
-def push_store(store: ModelStore, url: str, *, progress: Callable[[str], object] = lambda text: None) -> PushResult:
+def push_store(store: ModelStore, url: str, *, verify: bool = False,
+               progress: Callable[[str], object] = lambda text: None) -> PushResult:
     """Send the versions of a store to a remote copy.
 
     Parameters
@@ -440,6 +441,9 @@ def push_store(store: ModelStore, url: str, *, progress: Callable[[str], object]
         The store; nothing in it is changed.
     url : str
         URL of the remote copy, of any protocol of fsspec, for example `s3://bucket/models` or `file:/mnt/backup/models`.
+    verify : bool, default False
+        Read and compare every model that is there already. By default the version in production is compared, of the others
+        metadata and size.
     progress : callable, optional
         Called with the name and size of each model before it is sent.
 
@@ -479,13 +483,13 @@ def push_store(store: ModelStore, url: str, *, progress: Callable[[str], object]
     here = _local_state(store)
     there = _remote_state(remote, store, pulling=False)
     _check_push(store, here, there, remote.url)
-    sent, present, damaged = _send_versions(store, remote, here, progress)
+    sent, present, damaged = _send_versions(store, remote, here, verify, progress)
     changed = _send_records(store, remote, here, there)
     return PushResult("pushed" if sent or changed else "up to date", remote.url, here.metadata["version"], here.sequence,
                       tuple(sent), tuple(present), tuple(damaged))
 
 # %% ../nbs/48_remote_copies.ipynb #48c00019
-def _send_versions(store: ModelStore, remote: _Remote, here: _State, progress) -> tuple[list[str], list[str], list[str]]:
+def _send_versions(store: ModelStore, remote: _Remote, here: _State, verify: bool, progress) -> tuple[list[str], list[str], list[str]]:
     "Send archived versions, oldest first: names of those sent and of those that were there, and faults of damaged ones."
     current = here.metadata["version"]
     sent: list[str] = []
@@ -500,13 +504,14 @@ def _send_versions(store: ModelStore, remote: _Remote, here: _State, progress) -
             damaged.append(f"version {version} was not sent: {error.problem}")
             continue
         model_name, metadata_name = _names(version)
-        if remote.size(model_name) == len(model) and remote.read(metadata_name, MAX_METADATA_BYTES) == text:
+        known = remote.size(model_name) == len(model) and remote.read(metadata_name, MAX_METADATA_BYTES) == text
+        if known and not verify and version != current:
             present.append(version)                            # the metadata were written after the model was compared
             continue
         progress(f"{model_name} ({len(model) / 1e6:.1f} MB)")
         remote.create(model_name, model)
         remote.create(metadata_name, text)
-        sent.append(version)
+        (present if known else sent).append(version)
     return sent, present, damaged
 
 def _send_records(store: ModelStore, remote: _Remote, here: _State, there: _State) -> bool:

@@ -764,6 +764,19 @@ def test_a_damaged_or_unsigned_archived_version_is_fetched_again(here, folder, o
     assert pull_store(other, folder.url).fetched == (first,) and other.verify() == []
 
 
+def test_a_damaged_model_at_the_remote_is_found_by_a_push(here, folder):
+    push_store(here, folder.url)
+    old, newest = (f"archive/production_ensemble_{version}.pkl" for version in here.versions())
+    intact = folder[newest]
+    folder[newest] = b"x" + intact[1:]                                          # as long as before
+    with pytest.raises(IntegrityError, match="has other content"):
+        push_store(here, folder.url)
+    folder[newest], folder[old] = intact, b"x" + folder[old][1:]
+    assert push_store(here, folder.url).status == "up to date"
+    with pytest.raises(IntegrityError, match="has other content"):
+        push_store(here, folder.url, verify=True)
+
+
 def test_a_bot_with_a_new_key_is_told_to_pull_into_an_empty_folder(here, folder, tmp_path):
     push_store(here, folder.url)
     bot = ModelStore(tmp_path / "bot", clock=lambda: NOON)
