@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from datetime import datetime
+from sys import intern
 
 from .core import sha256_hex, shorten
 
@@ -128,11 +129,10 @@ def check_fields(record: object, rules: _Fields, place: str = "") -> None:
     for name, rule in rules.items():
         if name not in record:
             continue
-        path = f"{place}.{name}" if place else name
-        if isinstance(rule, Mapping):
-            check_fields(record[name], rule, path)
+        if not isinstance(rule, tuple):
+            check_fields(record[name], rule, f"{place}.{name}" if place else name)
         elif not rule[0](record[name]):
-            raise ValueError(f"{path} is {shorten(record[name])}, not {rule[1]}")
+            raise ValueError(f"{place}{'.' * bool(place)}{name} is {shorten(record[name])}, not {rule[1]}")
 
 # %% ../nbs/10_store_records.ipynb #e6c7b4b9
 MAX_METADATA_BYTES = 2**22
@@ -260,7 +260,9 @@ def _parse_event(line: bytes) -> dict:
     check_fields(event, _EVENT_LINE)
     if not isinstance(event, dict) or not {"at", "kind"} <= event.keys():
         raise ValueError("it lacks at or kind")
-    return event
+    return {intern(name): intern(value) if name in _REPEATED else value for name, value in event.items()}
+
+_REPEATED = {"at", "kind", "version"}             # texts that many lines share are kept in memory once
 
 def history_line(event: Mapping[str, object], before: bytes = b"") -> bytes:
     """The line of an event, with a newline; fields that are None are omitted.
