@@ -49,18 +49,6 @@ def retrain(models: Path, kill_after: float | None = None, whole_group: bool = F
     return process.returncode, errors
 
 
-def orphans(process_group_leaders: set[int]) -> list[int]:
-    """Processes that are left of killed commands."""
-    return [int(path.name) for path in Path("/proc").glob("[0-9]*") if _session(path) in process_group_leaders]
-
-
-def _session(path: Path) -> int:
-    try:
-        return int((path / "stat").read_text().rpartition(")")[2].split()[3])
-    except (OSError, ValueError, IndexError):
-        return -1
-
-
 def judge(models: Path, versions_before: set[str]) -> list[str]:
     """What is wrong with a store after a kill: sentences."""
     store = ModelStore(models)
