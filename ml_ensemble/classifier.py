@@ -22,7 +22,8 @@ with requires_extra():
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import check_is_fitted, validate_data
 
-from .base_learners import LEARNERS, encode, fit_learner, gain_shares, make_learners, predict_learner
+from .base_learners import encode, fit_learner, gain_shares, make_learners, predict_learner
+from .learner_parameters import LEARNERS
 from .blending import Blend, fit_calibration, learn_weights, prob_of_true_class
 from .config import Settings, load_settings
 from .learner_parameters import free_names, own_name, own_names

@@ -21,7 +21,8 @@ with requires_extra():
     import pandas as pd
     from sklearn.tree import DecisionTreeClassifier
 
-from .base_learners import LEARNERS, class_shares, encode
+from .base_learners import class_shares, encode
+from .learner_parameters import LEARNERS
 from .candles import OHLCV
 from .config import Settings
 from .feature_manager import FeatureManager, scale_free, input_names

@@ -15,8 +15,6 @@ from .core import ConfigError, requires_extra
 
 with requires_extra():
     import pandas as pd
-    from scipy.signal import lfilter
-    from scipy.special import entr, stdtr
 
 # %% ../nbs/27_sandbox.ipynb #5b7b51ea
 _FREEDOM = 5                            # degrees of freedom of the innovations
@@ -44,6 +42,8 @@ def signal(
 # %% ../nbs/27_sandbox.ipynb #97c8be34
 def _draws(rng: np.random.Generator, bars: int, volatility: float, clustering: float) -> dict[str, np.ndarray]:
     "Draw all random values in a fixed order."
+    with requires_extra():
+        from scipy.signal import lfilter       # half a second, for the sandbox alone
     first = rng.normal() * clustering
     shocks = rng.normal(size=bars) * clustering * math.sqrt(1 - _PERSISTENCE**2)
     log_volatility = lfilter([1], [1, -_PERSISTENCE], shocks, zi=[_PERSISTENCE * first])[0] - clustering**2 / 2
@@ -128,6 +128,8 @@ def true_probability(
     entry: str = "next_open",   # or close
 ) -> pd.Series:                 # (T,) P(return from the entry over one bar > threshold), given all up to this close
     "Exact probability of a rise above `threshold`, at a horizon of one bar."
+    with requires_extra():
+        from scipy.special import stdtr
     half = truth["spread"] / 2
     side = np.log(candles["close"] / truth["efficient"])       # of the recorded close, in log price
     ends = ({0.0: 0.5, -1.0: 0.25, 1.0: 0.25} if entry == "next_open" else {-0.5: 0.5, 0.5: 0.5})
@@ -144,6 +146,8 @@ def best_skill(
     entry: str = "next_open",
 ) -> float:                     # 1 - log loss / log loss of the prior, at best; 0 if nothing is predictable
     "Expected skill of a forecast equal to the true probabilities: the highest expected skill of any forecast."
+    with requires_extra():
+        from scipy.special import entr
     up = true_probability(candles, truth, threshold, entry)
     down = 1 - true_probability(candles, truth, -threshold, entry) if classes == 3 else 0 * up
     p = np.column_stack([down, 1 - up - down, up])

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import apprise
 import pytest
 
-from ml_ensemble.monitoring import send_alert
+from ml_ensemble.alerts import send_alert
 
 
 @pytest.fixture

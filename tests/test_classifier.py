@@ -17,7 +17,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
-from ml_ensemble.base_learners import LEARNERS, make_learners
+from ml_ensemble.base_learners import make_learners
+from ml_ensemble.learner_parameters import LEARNERS
 from ml_ensemble.blending import BlendConfig, learn_weights, walk_forward_blend, prob_of_true_class
 from ml_ensemble.classifier import EnsembleClassifier, _predict_out_of_fold
 from ml_ensemble.config import load_settings

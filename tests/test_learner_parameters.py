@@ -12,13 +12,14 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from xgboost import XGBModel
 
-from ml_ensemble.base_learners import LEARNERS, fit_learner, make_learners, predict_learner
+from ml_ensemble.base_learners import fit_learner, make_learners, predict_learner
+from ml_ensemble.learner_parameters import LEARNERS
 from ml_ensemble.classifier import EnsembleClassifier
 from ml_ensemble.config import load_settings
 from ml_ensemble.core import ConfigError
 from ml_ensemble.learner_parameters import FIXED
 from ml_ensemble.recipe import new_learners
-from ml_ensemble.retraining import champion_recipe
+from ml_ensemble.retrain_steps import champion_recipe
 
 CONFIGURED = {name: {**values, "n_estimators": 8} for name, values in load_settings().learners.model_dump().items()}
 EMPTY = {name: {} for name in LEARNERS}

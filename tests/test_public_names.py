@@ -9,10 +9,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # A name that joins or leaves a module's public names changes this list, on purpose and in review.
 PUBLIC = {
+    "alerts": "send_alert",
+    "audit_report": "render_or_warn",
     "backtest": "Backtest Performance backtest deflated_sharpe performance plot_equity",
     "base_learners": """
-        Fitting LEARNERS MAX_PROBA class_shares encode fit_learner gain_shares make_learners predict_learner
-        with_every_class
+        Fitting MAX_PROBA class_shares encode fit_learner gain_shares make_learners predict_learner with_every_class
     """,
     "blending": """
         Blend BlendConfig BlendResult calibration_kind fit_blend fit_calibration learn_weights prob_of_true_class
@@ -86,7 +87,7 @@ PUBLIC = {
         AuditFinding AuditReport FoldResult OneFold Pipeline Rows audit check_causality check_entry check_shuffled
         check_stream inputs_of join_rows project_pipeline view_bar_by_bar view_windows
     """,
-    "learner_parameters": "FIXED accepted_names did_you_mean free_names learners_with own_name own_names",
+    "learner_parameters": "FIXED LEARNERS accepted_names did_you_mean free_names learners_with own_name own_names",
     "live": """
         CLASS_NAMES Decision LiveStream ServingState bar_interval_ns check_bars decide_bar decide_values read_history
         split_unfinished unfinished_bar warm_stream
@@ -100,23 +101,24 @@ PUBLIC = {
     """,
     "model_file": "CANARY_TOLERANCE FORMAT check_definition check_payload read_payload",
     "model_graph": "check_graph",
-    "monitoring": "Diagnosis HealthCheck diagnose send_alert",
+    "monitoring": "Diagnosis HealthCheck diagnose",
     "onnx_export": "export_onnx load_with_custom to_full_onnx",
     "plot_style": "BLUE GREY GRID INK ORANGE class_colour date_axis new_axes plot_recent style_axes",
     "publishing": "ARTIFACT Publication PublishError plain_line publish",
-    "quality_gate": "Criterion GateInput Verdict judge",
+    "quality_gate": "GateInput judge",
     "recipe": """
         blend_config blend_learners fitting_options n_workers new_learners out_of_fold recipe_classes recipe_labels
         recipe_splitter threshold_objective training_set
     """,
     "remote_copies": "PullResult PushResult RemoteError pull_store push_store",
-    "retraining": """
-        Candidate LabelEconomics NO_NEW_BARS RetrainResult STAGED blend_table champion_recipe check_first_fold
-        compare_with_production ensemble_gain evaluate_blend evaluate_result execute fit_candidate gain_sentence
-        get_market importance label_balance label_economics learner_evaluations learner_table market_label
-        notebook_settings rarest_class reach_verdict reachable_skill retrain run_audit run_backtest run_money_bridge
-        run_overrides run_skill_sources split_overrides stage trading_facts
+    "retrain_steps": """
+        Candidate LabelEconomics blend_table champion_recipe check_first_fold compare_with_production ensemble_gain
+        evaluate_blend evaluate_result fit_candidate gain_sentence importance label_balance label_economics
+        learner_evaluations learner_table market_label rarest_class reach_verdict reachable_skill run_audit
+        run_backtest run_money_bridge run_skill_sources stage trading_facts
     """,
+    "retraining": "NO_NEW_BARS RetrainResult STAGED execute retrain",
+    "run_settings": "WEEKLY_NOTEBOOK get_market notebook_settings run_overrides split_overrides staging_folder",
     "sandbox": "CLUSTERING QUOTED_SPREAD STRENGTH VOLATILITY bar_length best_skill signal simulate_market true_probability",
     "signing": """
         check_mark check_signature generate_key key_id public_key public_of public_text raise_mark read_mark sign_metadata
@@ -136,6 +138,7 @@ PUBLIC = {
     "training": "fit_all make_ensemble parity_error trained_proba",
     "tree_graph": "READERS Tree to_onnx",
     "validation": "CombinatorialPurgedSplit PurgedWalkForward assemble_paths block_edges index_ns walk_forward_splits",
+    "verdict": "Criterion Verdict",
     "verification": "probe_artefact verify_version",
     "versioning": """
         CHANGES MAX_MODEL_BYTES METADATA_FILE MODEL_FILE ModelStore adopt_version archived check_reason

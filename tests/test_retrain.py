@@ -28,7 +28,9 @@ from ml_ensemble.sandbox import simulate_market
 from ml_ensemble.monitoring import diagnose
 from ml_ensemble.recipe import blend_learners, training_set
 from ml_ensemble.recipe import out_of_fold
-from ml_ensemble.retraining import compare_with_production, evaluate_result, execute, get_market
+from ml_ensemble.retrain_steps import compare_with_production, evaluate_result
+from ml_ensemble.retraining import execute
+from ml_ensemble.run_settings import get_market
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
@@ -169,7 +171,7 @@ def test_a_changed_recipe_is_compared_with_the_champions_on_the_same_folds(train
     assert "not comparable with champion" in lived.note
     facts = json.loads(json.dumps(store.current()))
     facts["configuration"]["learners"]["lightgbm"]["num_leaves"] = "many"
-    monkeypatch.setattr("ml_ensemble.retraining.present_or_damaged", lambda store: facts)
+    monkeypatch.setattr("ml_ensemble.retrain_steps.present_or_damaged", lambda store: facts)
     _, broken, _ = compared(store)
     assert broken.rows == 0 and "with current code" in broken.note and "cannot run the recipe of champion" in broken.note
 

@@ -14,9 +14,10 @@ from ml_ensemble.sandbox import simulate_market
 from ml_ensemble.quality_gate import GateInput, judge
 from ml_ensemble.recipe import blend_learners, training_set
 from ml_ensemble.recipe import out_of_fold
-from ml_ensemble.retraining import (blend_table, check_first_fold, evaluate_result, fit_candidate, get_market,
-                                    importance, label_economics, learner_evaluations, rarest_class, reach_verdict, run_audit,
-                                    run_backtest, run_money_bridge, run_skill_sources, stage, trading_facts)
+from ml_ensemble.retrain_steps import (blend_table, check_first_fold, evaluate_result, fit_candidate, importance,
+                                       label_economics, learner_evaluations, rarest_class, reach_verdict, run_audit,
+                                       run_backtest, run_money_bridge, run_skill_sources, stage, trading_facts)
+from ml_ensemble.run_settings import get_market
 from ml_ensemble.skill_sources import (SkillSources, above_zero, money_bridge, plot_waterfall, use_of_probabilities,
                                        volatility_inputs)
 from ml_ensemble.trading_costs import entry_delay, known_spread, rolling_spread, side_cost
