@@ -393,6 +393,9 @@ def _show_outcome(outcome) -> None:
                   "Check that the source is updated; --force trains all the same.", soft_wrap=True)
         return
     low, high = figures["intervals"]["skill"]
+    if outcome.reason.startswith("refused before"):
+        out.print(f"[bold yellow]Nothing to do.[/] The same candles with the same settings were {outcome.reason}; this is the verdict "
+                  "of that run. --force trains all the same.", soft_wrap=True)
     out.print(_verdict_table(outcome.verdict, f"Gate: {outcome.verdict.outcome.upper()}"))
     if outcome.promoted:
         out.print(f"[bold green]Version {outcome.version} is in production.[/]")

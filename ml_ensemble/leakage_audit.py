@@ -584,7 +584,7 @@ def _synthetic_predictions(rows: Rows, folds: list, returns: np.ndarray, rng: np
     return WalkForwardResult(
         time=time[test], y=rows.y[test], proba=dict(zip(LEARNERS, proba)), prior=np.concatenate(shares),
         fold=np.concatenate([np.full(len(test), k) for k, (_, test) in enumerate(folds, start=1)]),
-        previous=np.zeros(len(test), int), classes=classes, newest={}, end_time=rows.end_time[test],
+        previous=np.zeros(len(test), int), classes=classes, newest=dict, end_time=rows.end_time[test],
         folds=[(time[train[0]], time[train[-1]], time[test[0]], time[test[-1]]) for train, test in folds],
         returns=returns[test], share=true.mean(axis=0), spread=np.zeros(len(test)))
 

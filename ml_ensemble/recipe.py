@@ -8,6 +8,7 @@ __all__ = ['recipe_classes', 'recipe_labels', 'training_set', 'new_learners', 'f
 
 # %% ../nbs/37_recipe.ipynb #3400d5ec
 from collections.abc import Callable
+from pathlib import Path
 
 from .base_learners import Fitting, make_learners
 from .blending import BlendConfig, BlendResult, walk_forward_blend
@@ -53,10 +54,11 @@ def recipe_splitter(settings: Settings) -> PurgedWalkForward:
     "The walk-forward splitter of the configuration."
     return PurgedWalkForward(**settings.validation.model_dump())
 
-def out_of_fold(settings: Settings, data: TrainingSet, progress: Callable[[str], None] = print) -> WalkForwardResult:
-    "Out-of-fold predictions of every learner."
+def out_of_fold(settings: Settings, data: TrainingSet, progress: Callable[[str], None] = print, *,
+                checkpoints: Path | None = None) -> WalkForwardResult:
+    "Out-of-fold predictions of every learner; `checkpoints` is a folder that keeps those of finished fits."
     return walk_forward(data, recipe_splitter(settings), lambda: new_learners(settings), progress=progress,
-                        fitting=fitting_options(settings), workers=n_workers(settings))
+                        fitting=fitting_options(settings), workers=n_workers(settings), checkpoints=checkpoints)
 
 # %% ../nbs/37_recipe.ipynb #24c6d9d6
 def blend_config(settings: Settings, weights: dict[str, float] | None = None) -> BlendConfig:

@@ -46,7 +46,7 @@ from .metrics import row_log_loss
 from .recipe import (blend_config, blend_learners, fitting_options, n_workers, new_learners, out_of_fold, recipe_labels,
                                 recipe_splitter, threshold_objective, training_set)
 from .quality_gate import GateInput, judge
-from .run_settings import staging_folder
+from .run_settings import checkpoint_folder, staging_folder
 from .sandbox import best_skill
 from .skill_sources import Money, SkillSources, money_bridge, skill_sources
 from .store_records import changed_meaning, decision_settings, meaning
@@ -223,10 +223,11 @@ def gain_sentence(gain: pd.DataFrame) -> str:
 # %% ../nbs/52_retrain_steps.ipynb #a0e9facc
 def importance(settings: Settings, data: TrainingSet, walk: WalkForwardResult, blended: BlendResult) -> pd.DataFrame:
     "Permutation importance on the newest fold, as skill lost, with learners and blend fitted without that fold."
-    newest, final_blend = walk.fold == walk.fold.max(), blended.folds[-1]
-    predict = lambda X: final_blend.proba({name: predict_learner(learner, X) for name, learner in walk.newest.items()})
-    rows = data.features.index.get_indexer(walk.time[newest])
-    return permutation_importance(predict, data.inputs[rows], walk.y[newest], walk.prior[newest], walk.classes,
+    newest, final_blend = walk.newest(), blended.folds[-1]
+    predict = lambda X: final_blend.proba({name: predict_learner(learner, X) for name, learner in newest.items()})
+    tested = walk.fold == walk.fold.max()
+    rows = data.features.index.get_indexer(walk.time[tested])
+    return permutation_importance(predict, data.inputs[rows], walk.y[tested], walk.prior[tested], walk.classes,
                                   input_names(data.manager), seed=settings.seed)
 
 # %% ../nbs/52_retrain_steps.ipynb #0126504f
@@ -235,12 +236,12 @@ def _with_entry(settings: Settings, entry: str) -> Settings:
     return settings.model_copy(update={"labels": settings.labels.model_copy(update={"entry": entry})})
 
 def run_skill_sources(settings: Settings, market: Market, data: TrainingSet, walk: WalkForwardResult, blended: BlendResult,
-                      progress: Callable[[str], None] = print) -> SkillSources:
+                      progress: Callable[[str], None] = print, *, checkpoints: Path | None = None) -> SkillSources:
     "Decompose the recipe's skill; the recipe is fitted a second time with labels from the other entry."
     other_settings = _with_entry(settings, "close" if settings.labels.entry == "next_open" else "next_open")
     progress(f"the same recipe with labels from the {other_settings.labels.entry.replace('_', ' ')}")
     other = training_set(other_settings, market.candles)
-    other_walk = out_of_fold(other_settings, other, lambda text: None)
+    other_walk = out_of_fold(other_settings, other, lambda text: None, checkpoints=checkpoints)
     other_oos = blend_learners(other_settings, other_walk).oos
     inputs = ((data, walk, blended.oos, other_oos) if settings.labels.entry == "next_open" else
               (other, other_walk, other_oos, blended.oos))
@@ -327,7 +328,7 @@ def _merge_recorded(recorded, current):
 
 # %% ../nbs/52_retrain_steps.ipynb #172f06cc
 def _compare_champion_recipe(settings: Settings, market: Market, data: TrainingSet, blended: BlendResult, facts: dict,
-                            progress: Callable[[str], None] = print) -> Comparison:
+                             checkpoints: Path, progress: Callable[[str], None] = print) -> Comparison:
     "Compare the challenger's recipe with the champion's (metadata `facts`) on the same folds, unless they are equal."
     try:
         champion = champion_recipe(settings, facts)
@@ -335,7 +336,8 @@ def _compare_champion_recipe(settings: Settings, market: Market, data: TrainingS
             return Comparison(0, note=f"same recipe as champion {facts['version']}")
         progress("the champion's recipe, on the same folds")
         same = champion.features == settings.features
-        walk = out_of_fold(champion, data if same else training_set(champion, market.candles), progress)
+        walk = out_of_fold(champion, data if same else training_set(champion, market.candles), progress,
+                           checkpoints=checkpoints)
     except (ValueError, MLEnsembleError) as error:
         return Comparison(0, note=f"cannot run the recipe of champion {facts['version']} with current code: {error}")
     return compare_recipes(blended.oos, blend_learners(champion, walk).oos, settings.labels.horizon, settings.seed,
@@ -356,7 +358,7 @@ def compare_with_production(settings: Settings, market: Market, data: TrainingSe
     record = production_record(store, data.features.loc[blended.oos.time], data.manager, current)
     versions = compare_with_record(blended.oos, record, settings.labels.horizon, settings.gate.champion_min_rows,
                                    seed=settings.seed, replications=settings.evaluation.replications)
-    return versions, _compare_champion_recipe(settings, market, data, blended, facts, progress), []
+    return versions, _compare_champion_recipe(settings, market, data, blended, facts, checkpoint_folder(store), progress), []
 
 # %% ../nbs/52_retrain_steps.ipynb #6a5deab6
 def _threshold_remedy(settings: Settings, walk: WalkForwardResult, evaluation: Evaluation) -> str:

@@ -7,12 +7,17 @@ __all__ = ['TrainingSet', 'is_complete', 'make_training_set', 'check_probabiliti
            'WalkForwardResult', 'walk_forward', 'weighted_mean']
 
 # %% ../nbs/34_walk_forward.ipynb #3389603b
+import hashlib
+import io
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 
-from .core import ValidationError, in_threads, requires_extra
+from .core import ValidationError, in_threads, read_regular, requires_extra, write_atomic
 
 with requires_extra():
     import pandas as pd
@@ -149,7 +154,7 @@ class WalkForwardResult:
     previous: np.ndarray                # (N,) newest settled label
     folds: list[tuple]                  # (train start, train end, test start, test end) times
     classes: tuple[int, ...]
-    newest: dict                        # the learners of the newest fold, fitted on its training part
+    newest: Callable[[], dict]          # the learners of the newest fold, fitted on its training part
     end_time: pd.DatetimeIndex          # (N,) when each label was settled
     returns: np.ndarray                 # (N,) return of holding for one bar from the next open
     share: np.ndarray                   # (K,) class shares of all rows, including those never tested
@@ -168,6 +173,75 @@ def _settled_before(time: pd.DatetimeIndex, y: np.ndarray, end_time: pd.Datetime
     known = np.searchsorted(end[order], start, side="right")
     return np.where(known > 0, y[newest[np.maximum(known, 1) - 1]], 0)
 
+# %% ../nbs/34_walk_forward.ipynb #36d3f8a5
+_LIBRARIES = ("numpy", "scikit-learn", "lightgbm", "xgboost")
+
+def _fit_key(learner, data: TrainingSet, positions: np.ndarray, train: np.ndarray, test: np.ndarray, fitting: Fitting) -> str:
+    "Hash of everything that the predictions of a fit depend on."
+    parameters = sorted((name, repr(value)) for name, value in learner.get_params().items())
+    text = repr((type(learner).__qualname__, parameters, fitting, data.classes, [(name, version(name)) for name in _LIBRARIES]))
+    arrays = (data.inputs[train], positions, *data.span(train), data.inputs[test])
+    digest = hashlib.sha256(text.encode())
+    for array in arrays:
+        digest.update(repr((array.shape, array.dtype.str)).encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+def _read_predictions(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
+    "Predictions that an earlier run has kept; None if there are none, or if they cannot be used."
+    try:
+        proba = np.load(io.BytesIO(read_regular(path, _MAX_PREDICTIONS)), allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    usable = isinstance(proba, np.ndarray) and proba.shape == shape and proba.dtype == np.float64 and np.isfinite(proba).all()
+    return proba if usable else None
+
+_MAX_PREDICTIONS = 2**28      # bytes
+
+def _keep_predictions(path: Path, proba: np.ndarray) -> None:
+    "Keep predictions for a later run; a full disk is no reason to end this one."
+    content = io.BytesIO()
+    np.save(content, proba, allow_pickle=False)
+    with suppress(OSError):
+        write_atomic(path, content.getvalue())
+
+# %% ../nbs/34_walk_forward.ipynb #2b88d882
+class _Fits:
+    """The fits of one walk-forward, each by its fold and the name of its learner."""
+
+    def __init__(self, data: TrainingSet, splits: list, learners: Callable[[], dict], fitting: Fitting, checkpoints: Path | None):
+        self.data, self.splits, self.learners, self.fitting, self.checkpoints = data, splits, learners, fitting, checkpoints
+        self.positions = [encode(data.y[train], data.classes) for train, _ in splits]
+        self.unfitted: dict = learners()
+        self.of_newest_fold: dict = {}
+
+    def fit(self, fold: int, name: str):
+        "A learner, fitted on the training part of a fold."
+        train, learner = self.splits[fold][0], self.learners()[name]
+        fit_learner(learner, self.data.inputs[train], self.positions[fold], self.data.span(train), fitting=self.fitting,
+                    classes=len(self.data.classes))
+        if fold == len(self.splits) - 1:
+            self.of_newest_fold[name] = learner
+        return learner
+
+    def predict(self, fold: int, name: str) -> np.ndarray:
+        "Predictions (N, K) of the test part of a fold."
+        train, test = self.splits[fold]
+        if self.checkpoints is None:
+            return predict_learner(self.fit(fold, name), self.data.inputs[test])
+        key = _fit_key(self.unfitted[name], self.data, self.positions[fold], train, test, self.fitting)
+        path = self.checkpoints / f"{key}.npy"
+        proba = _read_predictions(path, (len(test), len(self.data.classes)))
+        if proba is None:
+            proba = predict_learner(self.fit(fold, name), self.data.inputs[test])
+            _keep_predictions(path, proba)
+        return proba
+
+    def newest(self) -> dict:
+        "The learners of the newest fold; those whose predictions were read are fitted now."
+        missing = [name for name in self.unfitted if name not in self.of_newest_fold]
+        return self.of_newest_fold | {name: self.fit(len(self.splits) - 1, name) for name in missing}
+
 # %% ../nbs/34_walk_forward.ipynb #ea605194
 def walk_forward(
     data: TrainingSet,
@@ -177,28 +251,22 @@ def walk_forward(
     progress: Callable[[str], None] = lambda text: None,
     fitting: Fitting = Fitting(),
     workers: int = 1,                    # number of parallel fits
+    checkpoints: Path | None = None,     # folder in which the predictions of finished fits are kept
 ) -> WalkForwardResult:
     "Fit on each training part, predict each test part."
     splits = list(splitter.split(data.features, groups=data.end_time))
-    positions, fitted = [encode(data.y[train], data.classes) for train, _ in splits], [learners() for _ in splits]
+    fits, names = _Fits(data, splits, learners, fitting, checkpoints), list(learners())
     time, parts, folds = data.features.index, [], []
-
-    def fit_and_predict(fold: int, name: str) -> np.ndarray:
-        train, test = splits[fold]
-        fit_learner(fitted[fold][name], data.inputs[train], positions[fold], data.span(train), fitting=fitting,
-                    classes=len(data.classes))
-        return predict_learner(fitted[fold][name], data.inputs[test])
-
-    results = in_threads(fit_and_predict, [(fold, name) for fold in range(len(splits)) for name in fitted[0]], workers)
+    results = in_threads(fits.predict, [(fold, name) for fold in range(len(splits)) for name in names], workers)
     for fold, (train, test) in enumerate(splits):
-        progress(f"fold {fold + 1}: {', '.join(fitted[0])} on {len(train):,} bars")
-        prior = class_shares(positions[fold], len(data.classes))
-        parts.append((test, {name: next(results) for name in fitted[0]}, prior, fold + 1))
+        progress(f"fold {fold + 1}: {', '.join(names)} on {len(train):,} bars")
+        prior = class_shares(fits.positions[fold], len(data.classes))
+        parts.append((test, {name: next(results) for name in names}, prior, fold + 1))
         folds.append((time[train[0]], time[train[-1]], time[test[0]], time[test[-1]]))
-    return _join_parts(data, parts, folds, fitted[-1])
+    return _join_parts(data, parts, folds, fits.newest)
 
 # %% ../nbs/34_walk_forward.ipynb #fc47ad59
-def _join_parts(data: TrainingSet, parts: list, folds: list, newest: dict) -> WalkForwardResult:
+def _join_parts(data: TrainingSet, parts: list, folds: list, newest: Callable[[], dict]) -> WalkForwardResult:
     "Join the predictions of all folds in time order."
     rows = np.concatenate([test for test, *_ in parts])
     previous = _settled_before(data.features.index, data.y, data.end_time)

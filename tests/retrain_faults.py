@@ -1,7 +1,7 @@
 """A retrain killed by SIGKILL at random moments; run as a script it prints a table (`make faults`).
 
-After each kill production has to load, as the old version or the new one. The next retrain has to succeed without help, and to
-leave nothing behind but what a retrain leaves that was never killed.
+After each kill production has to load, as the old version or the new one. The next retrain has to succeed without help, with the
+figures of a retrain that was never killed, and to leave nothing behind but what that one leaves.
 """
 import argparse
 import os
@@ -61,7 +61,7 @@ def judge(models: Path, versions_before: set[str]) -> list[str]:
     return [] if version in known else [f"version {version} in production is neither an old nor a new one"]
 
 
-def judge_next(models: Path, code: int, errors: str, sequence: int) -> list[str]:
+def judge_next(models: Path, code: int, errors: str, sequence: int, undisturbed: dict) -> list[str]:
     """What is wrong after the next retrain."""
     store = ModelStore(models)
     files = [str(path.relative_to(models)) for path in models.rglob("*") if not path.is_dir()]
@@ -69,6 +69,7 @@ def judge_next(models: Path, code: int, errors: str, sequence: int) -> list[str]
     folders = [path.name for path in (models / ".staging").glob("*")]
     return [text for text in (
         f"the next retrain ended with {code}: {errors[-300:]}" if code else "",
+        "the figures are not those of an undisturbed retrain" if store.current()["metrics"] != undisturbed else "",
         f"the sequence is {store.current()['sequence']} after {sequence}" if store.current()["sequence"] <= sequence else "",
         f"left behind: {', '.join(unknown + folders)}" if unknown + folders else "", *store.verify()) if text]
 
@@ -78,7 +79,7 @@ def trials(models: Path, count: int, seed: int):
     rng, start = random.Random(seed), time.monotonic()
     code, errors = retrain(models)
     assert code == 0, errors
-    length = time.monotonic() - start
+    length, undisturbed = time.monotonic() - start, ModelStore(models).current()["metrics"]
     for number in range(count):
         moment, group = rng.uniform(0, length), bool(number % 2)
         store = ModelStore(models)
@@ -86,7 +87,7 @@ def trials(models: Path, count: int, seed: int):
         killed, _ = retrain(models, moment, group)
         wrong = judge(models, before)
         committed = ModelStore(models).current()["sequence"]
-        wrong += judge_next(models, *retrain(models), committed)
+        wrong += judge_next(models, *retrain(models), committed, undisturbed)
         kind = ("ended before" if killed == 0 else "command and kernel killed" if group else "command killed") + \
             (", committed" if killed and committed > sequence else "")
         yield moment, kind, wrong

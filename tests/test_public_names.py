@@ -117,8 +117,10 @@ PUBLIC = {
         learner_evaluations learner_table market_label rarest_class reach_verdict reachable_skill run_audit
         run_backtest run_money_bridge run_skill_sources stage trading_facts
     """,
-    "retraining": "NO_NEW_BARS RetrainResult STAGED execute retrain",
-    "run_settings": "WEEKLY_NOTEBOOK get_market notebook_settings run_overrides split_overrides staging_folder",
+    "retraining": "NO_NEW_BARS REFUSED_BEFORE RetrainResult STAGED execute retrain",
+    "run_settings": """
+        WEEKLY_NOTEBOOK checkpoint_folder get_market notebook_settings run_overrides split_overrides staging_folder
+    """,
     "sandbox": "CLUSTERING QUOTED_SPREAD STRENGTH VOLATILITY bar_length best_skill signal simulate_market true_probability",
     "signing": """
         check_mark check_signature generate_key key_id public_key public_of public_text raise_mark read_mark sign_metadata

@@ -186,7 +186,7 @@ def test_early_stopping_and_weights_reach_the_learners_and_the_report(trained):
                               "overlap_weight=true"))
     data = training_set(settings, get_market(settings).candles)
     walk = out_of_fold(settings, data, silent)
-    assert {name: learner.n_estimators < 40 for name, learner in walk.newest.items()} == {
+    assert {name: learner.n_estimators < 40 for name, learner in walk.newest().items()} == {
         "lightgbm": True, "xgboost": True, "random_forest": False}
     raw = np.mean([p[:, 1].mean() for p in walk.proba.values()])
     blended = blend_learners(settings, walk).oos.proba[:, 1].mean()
@@ -391,8 +391,9 @@ def test_metadata_that_is_wrong_or_without_figures_is_a_finding_and_no_crash(tra
 def test_a_full_disk_is_named_wherever_it_strikes(store, monkeypatch, fault):
     def run(*args, **kwargs):
         raise fault
+    free = iter([10**12, 0])                                                     # another program fills it meanwhile
     monkeypatch.setattr(retraining, "execute", run)                              # papermill, or the kernel that it starts
-    monkeypatch.setattr(retraining.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+    monkeypatch.setattr(retraining.shutil, "disk_usage", lambda folder: SimpleNamespace(free=next(free)))
     with pytest.raises(RetrainError, match=r"disk .*is full.*Production was not changed.*Free some space"):
         retrain(overrides=TINY, store=store, show_progress=False)
     assert store.history()[-1]["kind"] == "failure" and not list((store.root / ".staging").iterdir())
