@@ -202,6 +202,7 @@ class GateSettings(Section):
 class ProductionSettings(Section):
     """Limits that the version in production must keep."""
     max_age_days: _Positive
+    max_run_days: _Positive
     range_margin: _NonNegative
     allow_simulated: bool
     min_free_disk_mb: _NonNegative

@@ -23,7 +23,7 @@ from ml_ensemble.core import (
     readable_json, requires_extra, RetrainError, sha256_hex, shorten, StaleDataError, working_directory,
 )
 
-from .alerts import send_alert
+from .alerts import Alert
 from .audit_report import render_or_warn
 
 # %% ../nbs/54_retraining.ipynb #d82d0c03
@@ -136,7 +136,7 @@ def _promote_staged(store: ModelStore, run_id: str, report: Path, expected: int,
     "Promote the candidate if its gate passed, or keep it for later; otherwise record the refusal. Production stays otherwise."
     folder = staging_folder(store, run_id)
     reference = {"report": {"path": str(report.relative_to(store.root)), "sha256": sha256_hex(report.read_bytes())}}
-    candidate = {**_read_json(folder / "candidate.json"), **reference}
+    candidate = {**_read_object(folder / "candidate.json"), **reference}
     verdict, version, staged = Verdict.from_dict(candidate["gate"]), None, None
     if verdict.passed and not promote:
         staged = store.stage(read_bytes(folder / MODEL_FILE), candidate)
@@ -155,7 +155,7 @@ def _promote_staged(store: ModelStore, run_id: str, report: Path, expected: int,
     return RetrainResult(version is not None, version or staged, current["version"] if current else None, verdict, report,
                          candidate, reason)
 
-def _read_json(path: Path, inside: Path | None = None) -> dict:
+def _read_object(path: Path, inside: Path | None = None) -> dict:
     "An object from a JSON file that a run has written."
     content = parse_json(read_regular(path, MAX_METADATA_BYTES, inside))
     if not isinstance(content, dict):
@@ -168,7 +168,7 @@ def _install_training(store: ModelStore, folder: Path, reference: dict) -> None:
         for name in LEARNERS:
             content = read_regular(folder / f"{name}_model.pkl", _MAX_STAGED_BYTES)
             write_store_file(store, store.root / "training" / f"{name}_model.pkl", content)
-        facts = {**_read_json(folder / "training.json"), **reference}
+        facts = {**_read_object(folder / "training.json"), **reference}
         write_store_file(store, store.root / "training" / "training_metadata.json", readable_json(facts))
     except (OSError, ValueError, MLEnsembleError) as error:
         warn(f"version {reference['version']} is in production, but its learners could not be copied to training/ ({error})",
@@ -229,7 +229,7 @@ def _refused_before(settings: Settings, store: ModelStore, options: Sequence[obj
         configuration = json.loads(settings.model_dump_json(exclude={"store"}))
         known = _inputs(configuration, feature_manager(settings).fingerprint, get_market(settings).data_hash,
                         current["sequence"] if current else 0, options)
-        candidate = _read_json(report.with_suffix(".json"), store.root) if known == refusal["inputs"] else {}
+        candidate = _read_object(report.with_suffix(".json"), store.root) if known == refusal["inputs"] else {}
         result = RetrainResult(False, None, current["version"] if current else None, Verdict.from_dict(candidate["gate"]), report,
                                candidate, f"{REFUSED_BEFORE}, on {refusal['at'][:16]}")
     except StaleDataError:
@@ -322,7 +322,7 @@ def retrain(source: str | None = None, days: int | None = None, overrides: Seque
         _report_failure(store, wrapped)
         raise wrapped from error
     if not result.promoted and not result.reason.startswith((STAGED, REFUSED_BEFORE)):
-        send_alert(*(_unchanged_alert(result, store) if result.reason == NO_NEW_BARS else _refusal_alert(result)), "warning")
+        (_unchanged_alert if result.reason == NO_NEW_BARS else _refusal_alert)(result, store).send()
     return result
 
 # %% ../nbs/54_retraining.ipynb #51a0b008
@@ -367,6 +367,7 @@ def _new_run(store: ModelStore) -> Iterator[tuple[str, Path]]:
 
 _RUNNING = ".running"
 
+# %% ../nbs/54_retraining.ipynb #4dab81be
 def _remove_killed_runs(store: ModelStore) -> list[str]:
     "Remove the staging folders of killed runs, and older temporary files and checkpoints; returns the names of the runs."
     with requires_extra():
@@ -432,23 +433,28 @@ def _report_failure(store: ModelStore, error: BaseException) -> None:
             store.record("failure", reason=shorten(reason, 500))
     except (OSError, ValueError) as second:
         warn(f"the failure could not be recorded ({second})", RuntimeWarning, stacklevel=2)
-    state = _production_state(store)
-    send_alert("ml_ensemble: retrain FAILED", reason if state in reason else f"{reason}\n{state}", "failure")
+    event = "stale data" if isinstance(error, StaleDataError) else "failure"
+    state, remedy = _production_state(store), getattr(error, "remedy", "")
+    happened = getattr(error, "problem", reason)
+    Alert(event=event, happened=happened, figures=[] if state in reason else [state],
+          action=remedy or "Run `ml-ensemble retrain` again.").send()
 
-def _unchanged_alert(outcome: RetrainResult, store: ModelStore) -> tuple[str, str]:
-    "Title and text of the alert for a run without new bars."
+def _unchanged_alert(outcome: RetrainResult, store: ModelStore) -> Alert:
+    "The alert for a run without new bars."
     newest = datetime.fromisoformat(outcome.metadata["data"]["to"])
     days = (store.clock() - newest).total_seconds() / 86_400
-    return "ml_ensemble: no new bars", (
-        f"The newest bar is {newest:%Y-%m-%d %H:%M}, {days:.1f} days ago, and version {outcome.current} was trained on it.\n"
-        f"Version {outcome.current} stays in production. Check that the source of the candles is updated.")
+    return Alert(event="no new bars", happened=f"The newest bar is {newest:%Y-%m-%d %H:%M}, {days:.1f} days ago, and version "
+                 f"{outcome.current} was trained on it.", figures=[f"Version {outcome.current} stays in production."],
+                 action="Check that the source of the candles is updated.")
 
-def _refusal_alert(outcome: RetrainResult) -> tuple[str, str]:
-    "Title and text of the alert for a refused candidate; the title mentions an F1 below the floor."
-    low_f1 = any(criterion.name == "weighted F1" for criterion in outcome.verdict.failures)
-    few = f", about {n:,} bars are needed" if (n := outcome.verdict.bars_needed) else ""
-    title = (f"ml_ensemble: not enough evidence{few}" if outcome.verdict.outcome == "not enough evidence" else
-             "ml_ensemble: F1 below the limit, candidate refused" if low_f1 else "ml_ensemble: candidate refused")
-    reasons = "\n".join(f"- {c.reason()}. {c.remedy}" for c in outcome.verdict.failures)
-    production = f"Version {outcome.current or 'none'} stays in production."
-    return title, f"{outcome.verdict.summary}\n{reasons}\n{production}\nReport: {outcome.report.with_suffix('.html')}"
+def _refusal_alert(outcome: RetrainResult, store: ModelStore) -> Alert:
+    "The alert for a refused candidate; its event tells a leak, too few bars, and an F1 below the floor."
+    failed, verdict = {criterion.name for criterion in outcome.verdict.failures}, outcome.verdict
+    few = f", about {n:,} bars are needed" if (n := verdict.bars_needed) else ""
+    event = ("leakage" if "leakage audit, findings" in failed else "not enough evidence" if verdict.outcome == "not enough evidence"
+             else "low F1" if "weighted F1" in failed else "refusal")
+    reasons = [f"{c.reason()}. {c.remedy}" for c in verdict.failures]
+    place = Path(store.root.name) / outcome.report.with_suffix(".html").relative_to(store.root)
+    return Alert(event=event, detail=few, happened=f"The candidate of {outcome.metadata['data']['market']} was not promoted. "
+                 f"{verdict.summary}", figures=[*reasons, f"Version {outcome.current or 'none'} stays in production."],
+                 action="Read the reasons and their remedies above and in the report.", report=str(place))

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # A name that joins or leaves a module's public names changes this list, on purpose and in review.
 PUBLIC = {
-    "alerts": "send_alert",
+    "alerts": "Alert send_alert",
     "audit_report": "render_or_warn",
     "backtest": "Backtest Performance backtest deflated_sharpe performance plot_equity",
     "base_learners": """
@@ -36,9 +36,9 @@ PUBLIC = {
     "classifier": "EnsembleClassifier",
     "cli": """
         app audit_command backup candles_command check cli_main diff_command export history keygen_command
-        pin_command predict promote_command prune_command publish_command pull_store_command push_store_command
-        restore_command retrain_command rollback run_command show_command sign_command unpin_command verify_command
-        versions_command
+        overdue_command pin_command predict promote_command prune_command publish_command pull_store_command
+        push_store_command restore_command retrain_command rollback run_command show_command sign_command
+        unpin_command verify_command versions_command
     """,
     "compiled_trees": "SplitGraph compiled_loop split_graph",
     "config": """
@@ -101,7 +101,7 @@ PUBLIC = {
     """,
     "model_file": "CANARY_TOLERANCE FORMAT check_definition check_payload read_payload",
     "model_graph": "check_graph",
-    "monitoring": "Diagnosis HealthCheck diagnose",
+    "monitoring": "Diagnosis HealthCheck diagnose run_overdue",
     "onnx_export": "export_onnx load_with_custom to_full_onnx",
     "plot_style": "BLUE GREY GRID INK ORANGE class_colour date_axis new_axes plot_recent style_axes",
     "publishing": "ARTIFACT Publication PublishError plain_line publish",
