@@ -425,6 +425,7 @@ def _production_state(store: ModelStore) -> str:
     change = store.last_change
     return f"Version {change['version']} is in production." if change else "Production was not changed."
 
+# %% ../nbs/54_retraining.ipynb #61314d82
 def _report_failure(store: ModelStore, error: BaseException) -> None:
     "Record a failed or interrupted run and send an alert; a wrong setting or installation is not recorded: no run was started."
     reason = str(error) or "interrupted"
