@@ -24,11 +24,11 @@ endef
 export WITH_ARGS
 RUN := $(BIN)/python -P -c "$$WITH_ARGS"
 
-.PHONY: help install retrain test test-quick checks export-check lint compiled lab notebooks bench bench-store faults lock clean
+.PHONY: help install retrain fetch-production test test-quick checks export-check lint compiled lab notebooks bench bench-store faults lock clean
 .DEFAULT_GOAL := help
 
 help: ## Print this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/.installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -43,6 +43,10 @@ install: .venv/.installed ## Make .venv from the lock
 
 retrain: .venv/.installed ## Run the weekly retrain notebook; by default on the sandbox market, for practice
 	@$(RUN) $(BIN)/ml-ensemble retrain --set production.allow_simulated=true
+
+fetch-production: ## Fetch the model in production from Git LFS, and no other version
+	@git lfs install --local >/dev/null
+	@git lfs pull --include "models/production/*"
 
 export-check: .venv/.installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/check_export.py

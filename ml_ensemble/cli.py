@@ -19,7 +19,7 @@ import sys
 import traceback
 import unicodedata
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -338,6 +338,8 @@ def _configure_store(store: ModelStore) -> tuple[str, ...]:
 @app.command("retrain")
 def retrain_command(
     context: typer.Context, source: _Source = None, days: _Days = None, set_: _Set = None,
+    settings: Annotated[str, typer.Option(
+        metavar="TEXT", help="Several settings as one text, e.g. 'labels.horizon=3 seed=1', for a scheduler's field.")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the state and the plan; write nothing.")] = False,
     require_promotion: Annotated[bool, typer.Option(
         "--require-promotion", help="Exit with code 3 if the gate refuses the candidate.")] = False,
@@ -352,15 +354,18 @@ def retrain_command(
     as_json: _Json = False,
 ):
     "Run the weekly retrain notebook; promote the new version if the quality gate passes."
+    overrides = _all_settings(settings, set_)
     if dry_run:
-        return _show_plan(_plan(_store_of(context), source, days, tuple(set_ or ())), as_json)
+        return _show_plan(_plan(_store_of(context), source, days, overrides), as_json)
     from ml_ensemble import retraining
     if verbose:
         _log_to_stderr()
     if not as_json:
         _stderr().print("Retraining: about a minute on two cores ...")
-    outcome = retraining.retrain(source, days, tuple(set_ or ()), store=_store_of(context), verbose=verbose,
-                                 accept_change=accept_change, replace_market=replace_market, force=force, promote=not no_promote)
+    with _step_summary() as summary:
+        outcome = retraining.retrain(source, days, overrides, store=_store_of(context), verbose=verbose,
+                                     accept_change=accept_change, replace_market=replace_market, force=force, promote=not no_promote)
+        summary.append(_summary_of(outcome))
     if as_json:
         print(readable_json(outcome.to_dict()), end="")
     else:
@@ -369,6 +374,33 @@ def retrain_command(
         raise typer.Exit(_NEGATIVE)
 
 # %% ../nbs/70_cli.ipynb #04990c56
+def _all_settings(text: str, more: list[str] | None) -> tuple[str, ...]:
+    "Settings of one text and of `--set`; the latter have priority."
+    if not text.strip():
+        return tuple(more or ())
+    from ml_ensemble.run_settings import split_overrides
+    return (*split_overrides(text), *(more or ()))
+
+@contextlib.contextmanager
+def _step_summary() -> Iterator[list[str]]:
+    "Markdown that is appended to the summary page of a GitHub Actions run, with the error if there is one."
+    lines: list[str] = []
+    try:
+        yield lines
+    except MLEnsembleError as error:
+        lines.append(f"**The retrain failed.** {error.problem}\n\nWhat to do: {error.remedy}")
+        raise
+    finally:
+        if path := os.environ.get("GITHUB_STEP_SUMMARY"):
+            with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as page:
+                page.write("".join(f"{line}\n\n" for line in lines))
+
+def _summary_of(outcome) -> str:
+    "A retrain in Markdown, for the page of its run."
+    state = f"Version {outcome.version} is in production." if outcome.promoted else (
+        f"Nothing was promoted ({outcome.reason.split(':')[0]}). In production: {outcome.current or 'nothing yet'}.")
+    return f"## Weekly retrain\n\n{state}\n\n{outcome.verdict._repr_markdown_()}\n\nReport: `{outcome.report.with_suffix('.html').name}`"
+
 def _log_to_stderr() -> None:
     "Print papermill's log of the cell outputs on standard error."
     import logging
