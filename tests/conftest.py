@@ -1,9 +1,11 @@
 """What several test files share: real candles, a small quick configuration, a store of one's own."""
+import json
 import os
 import pickle
 import shutil
 import sys
 import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import arch.data.nasdaq
 import arch.data.sp500
@@ -132,3 +134,31 @@ def in_this_process(monkeypatch):
 def trained_copy(trained, tmp_path) -> ModelStore:
     """That store, to write to."""
     return ModelStore(shutil.copytree(trained[0].root, tmp_path / "trained"))
+
+
+class Inbox(list):
+    """The messages that a receiver of alerts got, and its address."""
+    address = ""
+
+
+@pytest.fixture
+def inbox(monkeypatch):
+    """A real receiver of alerts."""
+    messages = Inbox()
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self):
+            messages.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Receiver)
+    messages.address = f"127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("ML_ENSEMBLE_ALERT_URLS", f"json://{messages.address}/")
+    yield messages
+    server.shutdown()
+    server.server_close()

@@ -6,9 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from datetime import datetime, timedelta
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,28 +37,6 @@ silent = lambda text: None
 
 def run(store, *more, base=TINY, **options):
     return retrain(overrides=(*base, *more), store=store, show_progress=False, **options)
-
-
-@pytest.fixture
-def inbox(monkeypatch):
-    """A real receiver of alerts."""
-    messages = []
-
-    class Receiver(BaseHTTPRequestHandler):
-        def do_POST(self):
-            messages.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *args):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Receiver)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("ML_ENSEMBLE_ALERT_URLS", f"json://127.0.0.1:{server.server_port}/")
-    yield messages
-    server.shutdown()
-    server.server_close()
 
 
 def test_the_store_has_the_documented_layout(trained):

@@ -1,0 +1,197 @@
+"""The workflows: valid, careful with secrets, and their steps executed in order against a remote, an exchange and a receiver of alerts."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import TINY
+from ml_ensemble.config import load_settings
+from scratch import clean_environment
+from test_exchange import PLACES, STEP, Server
+from test_retrain_weeks import REDIRECT, WEEK
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+SECRET = "t0p-s3cr3t-t0ken"
+SETTINGS = (*TINY, "n_splits=2", "replications=100", "audit.cuts=1", "labels.threshold=0.001", "champion_margin=1", "champion_min_rows=30",
+            "allow_simulated=false", "champion_recipe_margin=1", f"data.source=ccxt:{PLACES['bitbank']}", "min_free_disk_mb=1",
+            "max_age_days=2000")                      # the exchange lives in 2024
+
+
+def test_the_workflows_are_valid_and_safe():
+    schema = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", *WORKFLOWS]
+    zizmor = [Path(sys.executable).with_name("zizmor"), "--offline", "--no-progress", "--pedantic", *WORKFLOWS]
+    for command in (schema, zizmor):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_every_step_is_a_pinned_action_or_a_command_of_this_project(path):
+    for job in yaml.safe_load(path.read_text())["jobs"].values():
+        for step in job["steps"]:
+            if "run" in step:
+                assert re.match(r"(make|\.venv/bin/ml-ensemble) [a-z-]+", step["run"]) and "${{" not in step["run"], step
+                assert len(step["run"].splitlines()) == 1
+            else:
+                assert re.fullmatch(r"actions/[a-z/-]+@[0-9a-f]{40}", step["uses"]), step
+
+
+def test_the_weekly_retrain_is_never_cancelled_and_ci_runs_the_tests():
+    weekly = yaml.safe_load((ROOT / ".github/workflows/weekly-retrain.yml").read_text())
+    triggers = weekly[True]                      # YAML 1.1 reads the key `on` as true
+    assert triggers["schedule"][0]["cron"].split()[4] in "0123456" and triggers["schedule"][0]["timezone"] == "Etc/UTC"
+    assert "workflow_dispatch" in triggers and weekly["concurrency"]["cancel-in-progress"] is False
+    assert weekly["permissions"] == {} and weekly["jobs"]["retrain"]["permissions"] == {"contents": "write"}
+    assert (ROOT / ".ci/run").read_text().count("make test") == 1
+    assert "make test" in (ROOT / ".github/workflows/ci.yml").read_text()
+
+
+# --- the steps, executed ----------------------------------------------------------------------------------------------
+
+
+def git(folder, *words) -> str:
+    done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+class Actions:
+    """A runner of workflows: a fresh clone of a local remote for each run, with the caches of the runs before."""
+
+    def __init__(self, folder: Path, alerts: str):
+        self.folder, self.alerts, self.number, self.output = folder, alerts, 0, ""
+        self.exchange = Server("bitbank", bars=2100)
+        self.exchange.now -= 2 * WEEK * STEP
+        self.remote = folder / "remote.git"
+        (folder / "path").mkdir()
+        (folder / "path" / "sitecustomize.py").write_text(REDIRECT)
+        self._make_remote(folder / "project")
+
+    def _make_remote(self, project: Path) -> None:
+        for name in git(ROOT, "ls-files").splitlines():
+            if (ROOT / name).is_file():
+                (project / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, project / name)
+        (project / "config" / "week").mkdir()
+        settings = json.loads(load_settings(SETTINGS).model_dump_json())
+        (project / "config" / "week" / "base.yaml").write_text(yaml.safe_dump(settings))
+        git(project, "init", "--quiet", "--initial-branch", "main")
+        git(project, "add", "--force", ".")
+        git(project, "commit", "--quiet", "--message", "The project")
+        git(self.folder, "clone", "--quiet", "--bare", str(project), str(self.remote))
+
+    def clone(self, name: str) -> Path:
+        clone = self.folder / name
+        subprocess.run(["git", "clone", "--quiet", self.remote.as_uri(), str(clone)], check=True,
+                       env={**os.environ, "GIT_LFS_SKIP_SMUDGE": "1"})
+        return clone
+
+    def run(self, workflow: str, before_step=lambda name: None, **inputs) -> dict[str, int]:
+        """Execute a workflow; returns the exit code of each step that ran."""
+        self.number += 1
+        clone = self.clone(f"run-{self.number}")
+        (clone / ".venv").mkdir()
+        (clone / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
+        (clone / ".venv" / ".installed").touch()                                  # newer than the lock: nothing to install
+        if (self.folder / "cache").exists():
+            shutil.copytree(self.folder / "cache", clone / ".candles")
+        self.summary = self.folder / f"summary-{self.number}.md"
+        codes = self._execute(clone, yaml.safe_load((ROOT / ".github/workflows" / f"{workflow}.yml").read_text()), before_step, inputs)
+        if (clone / ".candles").exists():
+            shutil.copytree(clone / ".candles", self.folder / "cache", dirs_exist_ok=True)
+        return codes
+
+    def _execute(self, clone: Path, workflow: dict, before_step, inputs: dict) -> dict[str, int]:
+        (job,), codes = workflow["jobs"].values(), {}
+        values = {"github.workspace": str(clone), "secrets.ML_ENSEMBLE_ALERT_URLS": self.alerts,
+                  "inputs.source || vars.ML_ENSEMBLE_SOURCE": inputs.get("source", ""), "inputs.settings": inputs.get("settings", "")}
+        for step in (step for step in job["steps"] if "run" in step):
+            if any(codes.values()) and "cancelled" not in step.get("if", ""):
+                continue
+            before_step(step["name"])
+            given = {name: re.sub(r"\$\{\{ (.*?) \}\}", lambda match: values[match[1]], str(value))
+                     for name, value in (job.get("env", {}) | step.get("env", {})).items()}
+            environment = clean_environment(ML_ENSEMBLE_ENV="week", PYTHONPATH=str(self.folder / "path"), **given,
+                                            LOCAL_EXCHANGE=self.exchange.url, GITHUB_STEP_SUMMARY=str(self.summary))
+            done = subprocess.run(["bash", "-e", "-c", step["run"]], cwd=clone, capture_output=True, text=True, timeout=300,
+                                  env=environment)
+            codes[step["name"]] = done.returncode
+            self.output += done.stdout + done.stderr
+        return codes
+
+    def history(self) -> list[dict]:
+        """The events that the remote holds."""
+        return [json.loads(line) for line in git(self.remote, "show", "main:models/archive/history.jsonl").splitlines()]
+
+    def reports(self) -> list[str]:
+        return re.findall(r"models/reports/\S+\.html", git(self.remote, "ls-tree", "-r", "--name-only", "main"))
+
+    def lfs_objects(self) -> set[str]:
+        return {path.name for path in (self.remote / "lfs/objects").rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def actions(tmp_path, monkeypatch, inbox):
+    (tmp_path / "gitconfig").write_text("[user]\nname = A. Person\nemail = person@example.invalid\n")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    runner = Actions(tmp_path, f"json://{SECRET}@{inbox.address}/")
+    yield runner
+    runner.exchange.close()
+
+
+@pytest.mark.slow
+@pytest.mark.untraced
+def test_a_month_of_the_weekly_workflow_arrives_at_the_remote(actions, inbox):
+    good = {"Fetch the model in production": 0, "Install": 0, "Retrain": 0, "Publish": 0, "Diagnose": 0}
+
+    assert actions.run("weekly-retrain") == good, actions.output                                          # a version
+    (promotion,) = actions.history()
+    version = promotion["version"]
+    assert promotion["kind"] == "promotion" and len(actions.reports()) == 1 and not inbox
+    assert git(actions.remote, "tag").split() == ["ml-ensemble#production#1", "ml-ensemble@v1.0.0"]
+    assert version in git(actions.remote, "tag", "--list", "--format=%(contents)", "ml-ensemble#production#1")
+    pointer = git(actions.remote, "show", "main:models/production/production_ensemble.pkl")
+    assert re.search("oid sha256:(.*)", pointer)[1] in actions.lfs_objects()
+    assert f"Version {version} is in production" in actions.summary.read_text()
+
+    actions.exchange.now += WEEK * STEP
+    assert actions.run("weekly-retrain", settings="min_samples=1000000 seed=3") == good, actions.output     # a refusal
+    assert [event["kind"] for event in actions.history()] == ["promotion", "refusal"] and len(actions.reports()) == 2
+    (alert,) = inbox
+    assert alert["title"].startswith("ml_ensemble: not enough evidence") and "samples is" in alert["message"]
+    assert f"Version {version} stays in production" in alert["message"] and "models/reports/" in alert["message"]
+    assert "Nothing was promoted" in actions.summary.read_text() and "samples" in actions.summary.read_text()
+
+    def someone_pushes(step):
+        if step == "Publish":
+            other = actions.clone("other")
+            (other / "NOTES.md").write_text("meanwhile\n")
+            git(other, "add", "NOTES.md")
+            git(other, "commit", "--quiet", "--message", "Meanwhile")
+            git(other, "push", "--quiet")
+    assert actions.run("weekly-retrain", someone_pushes) == good, actions.output                         # a moved branch
+    assert [event["kind"] for event in actions.history()] == ["promotion", "refusal", "promotion"]
+    assert "NOTES.md" in git(actions.remote, "ls-tree", "--name-only", "main").split() and len(inbox) == 1
+
+    actions.exchange.close()
+    actions.exchange.now += 4 * WEEK * STEP                                                              # a failure
+    codes = actions.run("weekly-retrain", settings="data.max_staleness=1")
+    assert (codes["Retrain"], codes["Publish"]) == (1, 0), actions.output
+    kinds = [event["kind"] for event in actions.history()]
+    assert kinds == ["promotion", "refusal", "promotion", "failure"]
+    assert inbox[1]["title"] == "ml_ensemble: the candles are out of date" and "What to do:" in inbox[1]["message"]
+    assert "The retrain failed" in actions.summary.read_text()
+
+    assert actions.run("retrain-overdue") == {"Install": 0, "Ask the history": 0}, actions.output
+    assert git(actions.remote, "log", "--format=%an", "main").split()[:2] == ["weekly-retrain"] * 2
+    assert SECRET not in actions.output + git(actions.remote, "log", "--all", "-p")
+    names = subprocess.run(["grep", "-rlF", SECRET, actions.folder], capture_output=True, text=True).stdout
+    assert names == ""
