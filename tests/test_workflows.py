@@ -1,4 +1,5 @@
 """The workflows: valid, careful with secrets, and their steps executed in order against a remote, an exchange and a receiver of alerts."""
+import configparser
 import json
 import os
 import re
@@ -7,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 
 from conftest import TINY
+from ml_ensemble import ModelStore
 from ml_ensemble.config import load_settings
 from scratch import clean_environment
 from test_exchange import PLACES, STEP, Server
@@ -113,7 +116,8 @@ class Actions:
         values = {"github.workspace": str(clone), "secrets.ML_ENSEMBLE_ALERT_URLS": self.alerts,
                   "inputs.source || vars.ML_ENSEMBLE_SOURCE": inputs.get("source", ""), "inputs.settings": inputs.get("settings", "")}
         for step in (step for step in job["steps"] if "run" in step):
-            if any(codes.values()) and "cancelled" not in step.get("if", ""):
+            condition = step.get("if", "")
+            if any(codes.values()) and "cancelled" not in condition or "vars.ML_ENSEMBLE_PULL_REQUEST" in condition:
                 continue
             before_step(step["name"])
             given = {name: re.sub(r"\$\{\{ (.*?) \}\}", lambda match: values[match[1]], str(value))
@@ -195,3 +199,75 @@ def test_a_month_of_the_weekly_workflow_arrives_at_the_remote(actions, inbox):
     assert SECRET not in actions.output + git(actions.remote, "log", "--all", "-p")
     names = subprocess.run(["grep", "-rlF", SECRET, actions.folder], capture_output=True, text=True).stdout
     assert names == ""
+
+
+@pytest.mark.slow
+def test_on_a_protected_branch_the_job_publishes_on_its_own_branch_and_asks_for_a_merge(actions, monkeypatch):
+    clone = actions.clone("protected")
+    (clone / ".venv").mkdir()
+    (clone / ".venv/bin").symlink_to(Path(sys.executable).parent)
+    gh = actions.folder / "bin" / "gh"
+    gh.parent.mkdir()
+    gh.write_text('#!/bin/sh\necho "$@"\n')
+    gh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{gh.parent}:{os.environ['PATH']}")
+    ModelStore(clone / "models").record("refusal", reason="skill is 0")
+
+    def command(*words):
+        done = subprocess.run(words, cwd=clone, capture_output=True, text=True, env=clean_environment())
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+    command("make", "retrain-branch")
+    command(".venv/bin/ml-ensemble", "publish")
+    assert command("make", "pull-request") == "pr create --fill --base main"
+    (branch,) = re.findall(r"retrain/\S+", git(actions.remote, "branch"))
+    assert "skill is 0" in git(actions.remote, "show", f"{branch}:models/archive/history.jsonl")
+    assert git(actions.remote, "log", "--format=%s", "main").strip() == "The project"
+
+
+# --- other schedulers -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def documented():
+    """CRON, SERVICE and TIMER of the page."""
+    cells = nbformat.read(ROOT / "nbs/schedule.ipynb", 4).cells
+    names = {}
+    for cell in cells:
+        if cell.cell_type == "code" and re.match("CRON|SERVICE", cell.source):
+            exec(cell.source, names)
+    return names
+
+
+@pytest.mark.slow
+def test_the_documented_cron_line_runs_as_cron_would(documented, tmp_path):
+    first, second = documented["CRON"].splitlines()
+    assert re.match(r"17 3 \* \* 0  cd /srv/bot", first) and re.match(r"41 6 \* \* \*  cd /srv/bot", second)
+    assert "%" not in documented["CRON"]                                     # cron takes it for a new line
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/bin").symlink_to(Path(sys.executable).parent)
+    (tmp_path / "models").mkdir()
+    for line, said in ((first.replace(" retrain ", " retrain --dry-run "), "not in a git repository"), (second, "no retrain is recorded")):
+        command = line.split("  ", 1)[1].replace("/srv/bot", str(tmp_path))
+        subprocess.run(["/bin/sh", "-c", command], env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "SHELL": "/bin/sh",
+                                                        "ML_ENSEMBLE_MODELS": str(tmp_path / "models")}, timeout=120)
+        assert said in " ".join((tmp_path / "retrain.log").read_text().split())
+
+
+def test_the_documented_units_are_valid(documented, tmp_path):
+    settings = {}
+    for name, text in (("service", documented["SERVICE"]), ("timer", documented["TIMER"])):
+        unit = configparser.ConfigParser(interpolation=None)
+        unit.optionxform = str
+        unit.read_string(text)
+        settings |= {(name, section): dict(unit[section]) for section in unit.sections()}
+    service, timer = settings["service", "Service"], settings["timer", "Timer"]
+    assert service["MemoryMax"] == "1G" and service["CPUQuota"] == "100%" and service["Type"] == "oneshot"
+    assert service["ExecStart"].endswith("/ml-ensemble retrain") and service["ExecStopPost"].endswith("/ml-ensemble publish")
+    assert timer["Persistent"] == "true" and timer["OnCalendar"] == "Sun *-*-* 03:17:00 UTC"
+    if shutil.which("systemd-analyze"):                                      # systemd's own opinion, where it is installed
+        unit = tmp_path / "retrain.service"
+        unit.write_text(documented["SERVICE"].replace("/srv/bot/.venv/bin/ml-ensemble", "/bin/true"))
+        for command in (["calendar", timer["OnCalendar"]], ["verify", "--man=no", "--recursive-errors=no", str(unit)]):
+            done = subprocess.run(["systemd-analyze", *command], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
