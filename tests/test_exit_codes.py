@@ -282,6 +282,18 @@ def test_neither_make_nor_a_shell_expands_args(tmp_path, target, given):
     assert "Error 7" in done.stderr
 
 
+def test_settings_in_one_text_are_split_and_an_empty_text_is_none(call, pair, monkeypatch):
+    seen = []
+
+    def stopped(source, days, overrides, **options):
+        seen.append((source, overrides))
+        raise MissingExtraError("enough", "Stop.")
+    monkeypatch.setattr(retraining, "retrain", stopped)
+    for words in (["--settings", "labels.horizon=3  seed=1", "--set", "seed=2"], ["--source", "", "--settings", ""], ["--settings=--force"]):
+        assert call("retrain", *words).code == 2
+    assert seen == [(None, ("labels.horizon=3", "seed=1", "seed=2")), ("", ()), (None, ("--force",))]
+
+
 def test_the_weekly_workflow_evaluates_no_input(tmp_path):
     import yaml
     for path in (ROOT / ".github/workflows").glob("*.yml"):
@@ -290,19 +302,15 @@ def test_the_weekly_workflow_evaluates_no_input(tmp_path):
     steps = yaml.safe_load((ROOT / ".github/workflows/weekly-retrain.yml").read_text())["jobs"]["retrain"]["steps"]
     step = next(step for step in steps if step.get("name") == "Retrain")
     assert "make" not in step["run"] and "eval" not in step["run"] and "@Q" not in step["run"]
-    assert [s.get("name") for s in steps if "ML_ENSEMBLE_ALERT_URLS" in s.get("env", {})] == ["Retrain"]
+    assert [s.get("name") for s in steps if "ML_ENSEMBLE_ALERT_URLS" in s.get("env", {})] == ["Retrain", "Diagnose"]
     command = tmp_path / ".venv/bin/ml-ensemble"
     command.parent.mkdir(parents=True)
     command.write_text('#!/bin/sh\nfor word in "$@"; do printf "<%s>" "$word"; done\n')
     command.chmod(0o755)
-    env = {"PATH": os.environ["PATH"], "SOURCE": "file:$(touch A) `touch B`", "OVERRIDES": "a=1  b=$(touch C) * ;touch D"}
+    env = {"PATH": os.environ["PATH"], "SOURCE": "file:$(touch A) `touch B`", "SETTINGS": "a=1  b=$(touch C) * ;touch D"}
     done = subprocess.run(["bash", "-eo", "pipefail", "-c", step["run"]], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.stdout == ("<retrain><--source=file:$(touch A) `touch B`><--set=a=1><--set=b=$(touch><--set=C)><--set=*>"
-                           "<--set=;touch><--set=D>"), done.stderr
+    assert done.stdout == "<retrain><--source=file:$(touch A) `touch B`><--settings=a=1  b=$(touch C) * ;touch D>", done.stderr
     assert [path.name for path in tmp_path.iterdir()] == [".venv"]
-    empty = subprocess.run(["bash", "-eo", "pipefail", "-c", step["run"]], cwd=tmp_path, capture_output=True, text=True,
-                           env={"PATH": os.environ["PATH"], "SOURCE": "", "OVERRIDES": ""})
-    assert empty.stdout == "<retrain>"
 
 
 def test_the_entry_point_reports_an_interruption_while_it_is_imported(monkeypatch):
