@@ -7,6 +7,7 @@ __all__ = ['STAGED', 'NO_NEW_BARS', 'REFUSED_BEFORE', 'execute', 'RetrainResult'
 
 # %% ../nbs/54_retraining.ipynb #cd0d80eb
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -52,6 +53,8 @@ def _check_parameters(notebook: Path, given: dict) -> None:
                               f"{notebook.name} requires type {expected}: {known[name]['help']}.")
 
 # %% ../nbs/54_retraining.ipynb #51a0b005
+_SECRET = ("ML_ENSEMBLE_ALERT_URLS", "ML_ENSEMBLE_SIGNING_KEY")
+
 def _own_kernel_manager() -> type:
     "A kernel manager that starts this interpreter, whichever kernels are installed."
     with requires_extra():
@@ -66,6 +69,11 @@ def _own_kernel_manager() -> type:
             command = [sys.executable, "-P", "-m", "ipykernel_launcher", "-f", "{connection_file}",
                        "--IPKernelApp.ignore_cwd=True"]      # no module of the working directory
             return KernelSpec(argv=command, display_name="Python 3", language="python")
+
+        async def start_kernel(self, **options):
+            "Start it without the variables that only the process that promotes needs: no cell can print them."
+            environment = options.pop("env", os.environ)
+            return await super().start_kernel(env={name: text for name, text in environment.items() if name not in _SECRET}, **options)
 
     return OwnKernelManager
 

@@ -289,7 +289,7 @@ def test_settings_in_one_text_are_split_and_an_empty_text_is_none(call, pair, mo
         seen.append((source, overrides))
         raise MissingExtraError("enough", "Stop.")
     monkeypatch.setattr(retraining, "retrain", stopped)
-    for words in (["--settings", "labels.horizon=3  seed=1", "--set", "seed=2"], ["--source", "", "--settings", ""], ["--settings=--force"]):
+    for words in ("--settings", "labels.horizon=3  seed=1", "--set", "seed=2"), ("--source", "", "--settings", ""), ("--settings=--force",):
         assert call("retrain", *words).code == 2
     assert seen == [(None, ("labels.horizon=3", "seed=1", "seed=2")), ("", ()), (None, ("--force",))]
 
