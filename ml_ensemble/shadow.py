@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PROMOTE', 'KEEP', 'UNDECIDED', 'PairedPredictions', 'version_labels', 'pair_predictions', 'ShadowVerdict',
-           'judge_pairs', 'replay_rows', 'shadow_verdict']
+           'judge_pairs', 'replay_rows', 'shadow_verdict', 'promote_from_shadow']
 
-# %% ../nbs/57_shadow.ipynb #4e143f6f
+# %% ../nbs/57_shadow.ipynb #76ec4225
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,8 @@ from .metrics import row_brier
 from .model_file import read_payload
 from .run_settings import get_market
 from .shadow_log import PredictionRow, append_row, read_shadow_log
-from .store_records import decision_settings, meaning_digest
+from .store_records import changed_meaning, decision_settings, meaning_digest
+from .verification import verify_version
 from .versioning import ModelStore, present_or_damaged, read_shadow
 
 # %% ../nbs/57_shadow.ipynb #a28c5d3b
@@ -331,3 +333,39 @@ def shadow_verdict(store: ModelStore | None = None, settings: Settings | None = 
                 append_row(path, row)
     labels = version_labels(facts, settings)
     return judge_pairs(pair_predictions(rows, facts, candles, labels), facts, shadow, settings.shadow, labels)
+
+# %% ../nbs/57_shadow.ipynb #cdb1bd80
+def promote_from_shadow(store: ModelStore, settings: Settings, *, log: str | Path | None = None, replay: bool = False,
+                        candles: pd.DataFrame | None = None, accept_change: bool = False) -> tuple[ShadowVerdict, dict | None]:
+    """Compare, and put the version in shadow into production if it is better, after loading it in a fresh process.
+
+    Parameters
+    ----------
+    store, settings, log, replay, candles
+        As for `shadow_verdict`. Replayed rows are appended to the log, if there is one.
+    accept_change : bool, default False
+        Allow that the features of the version are others than those of the one in production.
+
+    Returns
+    -------
+    tuple of ShadowVerdict and dict or None
+        The verdict, which is also recorded in the history; and the metadata in production, None if nothing was promoted.
+
+    Raises
+    ------
+    StoreError
+        The features are others; production or the version in shadow has changed meanwhile (`StaleStoreError`); or as in
+        `shadow_verdict` and `ModelStore.promote_shadow`.
+    """
+    verdict = shadow_verdict(store, settings, log=log, replay=replay, append=True, candles=candles)
+    if verdict.outcome != PROMOTE:
+        store.record("shadow_verdict", version=verdict.shadow, reason=f"{verdict.outcome}: {verdict.reason}")
+        return verdict, None
+    current, candidate = store.read()[0], _in_shadow(store)[0]
+    changed = changed_meaning(decision_settings(current), decision_settings(candidate))
+    if changed and not accept_change:
+        raise StoreError(f"version {verdict.shadow} is better, but differs in: {'; '.join(changed)}",
+                         "Production was not changed. Add --accept-change if the program that trades expects it.")
+    facts = store.promote_shadow(verdict.shadow, expected=verdict.sequence, reason=verdict.reason,
+                                 verify=partial(verify_version, custom=settings.features.custom))
+    return verdict, facts
