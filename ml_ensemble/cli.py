@@ -750,6 +750,7 @@ def promote_command(
     facts = store.promote_staged(version, verify=partial(verify_version, custom=_configure_store(store)))
     _report_change(facts, "in production", as_json)
 
+# %% ../nbs/70_cli.ipynb #d28d762f
 @app.command("restore")
 def restore_command(
     context: typer.Context, backup: Annotated[str, typer.Argument(help="Folder production_backup_<timestamp> in models/.")],
@@ -811,7 +812,7 @@ def keygen_command(path: Annotated[Path, typer.Argument(help="File of the new pr
     print(f"ML_ENSEMBLE_SIGNING_KEY={path.resolve()}    # where retrain and rollback run; keep it secret\n"
           f"ML_ENSEMBLE_PUBLIC_KEY={public}    # there, and where the model is loaded")
 
-# %% ../nbs/70_cli.ipynb #ebcc30fe
+# %% ../nbs/70_cli.ipynb #790eaddd
 @app.command("shadow")
 def shadow_command(
     context: typer.Context, log: _Log = None, replay: _Replay = False, set_: _Set = None,
@@ -835,7 +836,7 @@ def shadow_command(
     else:
         _show_shadow(verdict)
 
-# %% ../nbs/70_cli.ipynb #fda1837e
+# %% ../nbs/70_cli.ipynb #f5805ad1
 def _show_shadow(verdict) -> None:
     "Print a comparison of production and shadow."
     facts, colour = verdict.to_dict(), {"promote": "bold green", "keep": "bold yellow"}.get(verdict.outcome, "bold")

@@ -154,6 +154,7 @@ def _promote_staged(store: ModelStore, run_id: str, report: Path, expected: int,
     return RetrainResult(version is not None, version or staged, current["version"] if current else None, verdict, report,
                          candidate, reason)
 
+# %% ../nbs/54_retraining.ipynb #35e00c15
 def _has_same_meaning(current: dict | None, candidate: dict) -> bool:
     "Whether there is a version in production whose predictions can be compared with those of the candidate."
     return current is not None and meaning_digest(current) == meaning_digest(candidate)

@@ -75,12 +75,12 @@ class PredictionRow:
         "The row as one JSON line."
         return json.dumps(asdict(self), allow_nan=False, ensure_ascii=True).encode() + b"\n"
 
-# %% ../nbs/09_shadow_log.ipynb #ffc5a1e9
+# %% ../nbs/09_shadow_log.ipynb #d2013383
 _MAX_LINE_BYTES = 2**14
 _TEXTS = ("market", "bar", "version", "stage", "decision", "reason", "meaning", "written")
 
-def _refuse_constant(name: str):
-    raise ValueError(f"{name} is no JSON")
+def _no_json(constant: str):
+    raise ValueError(f"{constant} is no JSON")
 
 def _is_probability(value: object) -> bool:
     return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value) and 0 <= value <= 1
@@ -110,7 +110,7 @@ def parse_row(line: bytes) -> PredictionRow:
     """
     if len(line) > _MAX_LINE_BYTES:
         raise ValueError(f"the line has {len(line):,} bytes")
-    fields = json.loads(line, parse_constant=_refuse_constant)
+    fields = json.loads(line, parse_constant=_no_json)
     if not isinstance(fields, dict) or fields.keys() != PredictionRow.__dataclass_fields__.keys():
         raise ValueError("the fields are not those of a row")
     proba = fields["probabilities"]
@@ -166,7 +166,7 @@ def read_shadow_log(path: str | Path) -> tuple[list[PredictionRow], int]:
         raise StoreError(f"{path} cannot be read ({error.strerror or error})", "Check the path and its permissions.") from error
     return sorted(rows.values(), key=lambda row: datetime.fromisoformat(row.bar).timestamp()), faults
 
-# %% ../nbs/09_shadow_log.ipynb #4842a13d
+# %% ../nbs/09_shadow_log.ipynb #31a4d15f
 def append_row(path: str | Path, row: PredictionRow) -> None:
     "Append a row to a log by one write; OSError if it is not written as a whole."
     handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
@@ -181,6 +181,7 @@ def append_row(path: str | Path, row: PredictionRow) -> None:
     finally:
         os.close(handle)
 
+# %% ../nbs/09_shadow_log.ipynb #56050921
 class _Worker:
     """Queue, thread and counters of a log."""
 
@@ -232,7 +233,7 @@ class _Worker:
                 self.jobs.put(None, timeout=timeout)
             self.thread.join(timeout)
 
-# %% ../nbs/09_shadow_log.ipynb #2fd5102b
+# %% ../nbs/09_shadow_log.ipynb #0cc9d84d
 class ShadowLog:
     """A log of predictions that is written in the background; safe to share between threads.
 

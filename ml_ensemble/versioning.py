@@ -27,7 +27,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, cast
 from warnings import warn
 
 from .core import (ConfigError, IntegrityError, LFSPointerError, MLEnsembleError, ModelNotFoundError, StaleStoreError,
@@ -276,8 +276,109 @@ class _StoreReader:
         """
         return _verify_store(self)
 
+# %% ../nbs/12_versioning.ipynb #b8e41bcf
+class _ShadowStage(_StoreReader):
+    """The methods of `ModelStore` that move a version into shadow and out of it."""
+
+    def start_shadow(self, version: str, *, verify: Callable[[Path], object] | None = None) -> dict:
+        """Move a staged version to shadow, in the place of the one that is there; production is not changed.
+
+        Parameters
+        ----------
+        version : str
+            Name of a staged version.
+        verify : callable, optional
+            Called with the path of the staged model before anything is moved. An exception cancels it.
+
+        Returns
+        -------
+        dict
+            Metadata of the version.
+
+        Raises
+        ------
+        ModelNotFoundError
+            There is no such staged version.
+        IntegrityError, OSError, StoreError, MissingExtraError, Exception
+            As in `promote_staged`.
+
+        Examples
+        --------
+        >>> version = store.stage(b"content of a model file", {"note": "for review"})
+        >>> store.start_shadow(version)["version"], store.shadow(), store.staged()
+        ('20250901-0002', '20250901-0002', [])
+        """
+        store = cast(ModelStore, self)
+        with store.locked():
+            return _start_shadow(store, version, verify)
+
+    def end_shadow(self, reason: str) -> str | None:
+        """Take the version out of shadow and delete its files; production is not changed.
+
+        Parameters
+        ----------
+        reason : str
+            As in `rollback`.
+
+        Returns
+        -------
+        str or None
+            Name of the version; None if there was none.
+
+        Raises
+        ------
+        StoreError, OSError, MissingExtraError
+            As in `rollback`.
+
+        Examples
+        --------
+        >>> version = store.start_shadow(store.stage(b"content of a model file", {}))["version"]
+        >>> store.end_shadow("not better after 2,000 bars"), store.shadow()
+        ('20250901-0002', None)
+        """
+        store = cast(ModelStore, self)
+        with store.locked():
+            return _end_shadow(store, reason)
+
+    def promote_shadow(self, version: str, *, expected: int | None = None, reason: str | None = None,
+                       verify: Callable[[Path], object] | None = None) -> dict:
+        """Put the version in shadow into production.
+
+        Parameters
+        ----------
+        version : str
+            Name of the version; StaleStoreError if another one is in shadow.
+        expected : int, optional
+            As in `promote`: sequence number of the version in production that it was compared with.
+        reason : str, optional
+            Written to the metadata and to the history.
+        verify : callable, optional
+            As in `promote`.
+
+        Returns
+        -------
+        dict
+            The complete metadata.
+
+        Raises
+        ------
+        StaleStoreError
+            Production, or the version in shadow, is another one.
+        IntegrityError, OSError, StoreError, MissingExtraError, KeyboardInterrupt, Exception
+            As in `promote_staged`. After each of these errors production is unchanged.
+
+        Examples
+        --------
+        >>> version = store.start_shadow(store.stage(b"content of a model file", {}))["version"]
+        >>> store.promote_shadow(version, expected=1)["sequence"], store.shadow()
+        (2, None)
+        """
+        store = cast(ModelStore, self)
+        with store.locked():
+            return _promote_shadow(store, version, expected, reason, verify)
+
 # %% ../nbs/12_versioning.ipynb #47d3d342
-class ModelStore(_StoreReader):
+class ModelStore(_ShadowStage):
     """The versions of a model in one folder: production, archive, backups and history.
 
     Parameters
@@ -495,100 +596,6 @@ class ModelStore(_StoreReader):
         """
         with self.locked():
             return _promote_staged_version(self, version, verify)
-
-    def start_shadow(self, version: str, *, verify: Callable[[Path], object] | None = None) -> dict:
-        """Move a staged version to shadow, in the place of the one that is there; production is not changed.
-
-        Parameters
-        ----------
-        version : str
-            Name of a staged version.
-        verify : callable, optional
-            Called with the path of the staged model before anything is moved. An exception cancels it.
-
-        Returns
-        -------
-        dict
-            Metadata of the version.
-
-        Raises
-        ------
-        ModelNotFoundError
-            There is no such staged version.
-        IntegrityError, OSError, StoreError, MissingExtraError, Exception
-            As in `promote_staged`.
-
-        Examples
-        --------
-        >>> version = store.stage(b"content of a model file", {"note": "for review"})
-        >>> store.start_shadow(version)["version"], store.shadow(), store.staged()
-        ('20250901-0002', '20250901-0002', [])
-        """
-        with self.locked():
-            return _start_shadow(self, version, verify)
-
-    def end_shadow(self, reason: str) -> str | None:
-        """Take the version out of shadow and delete its files; production is not changed.
-
-        Parameters
-        ----------
-        reason : str
-            As in `rollback`.
-
-        Returns
-        -------
-        str or None
-            Name of the version; None if there was none.
-
-        Raises
-        ------
-        StoreError, OSError, MissingExtraError
-            As in `rollback`.
-
-        Examples
-        --------
-        >>> version = store.start_shadow(store.stage(b"content of a model file", {}))["version"]
-        >>> store.end_shadow("not better after 2,000 bars"), store.shadow()
-        ('20250901-0002', None)
-        """
-        with self.locked():
-            return _end_shadow(self, reason)
-
-    def promote_shadow(self, version: str, *, expected: int | None = None, reason: str | None = None,
-                       verify: Callable[[Path], object] | None = None) -> dict:
-        """Put the version in shadow into production.
-
-        Parameters
-        ----------
-        version : str
-            Name of the version; StaleStoreError if another one is in shadow.
-        expected : int, optional
-            As in `promote`: sequence number of the version in production that it was compared with.
-        reason : str, optional
-            Written to the metadata and to the history.
-        verify : callable, optional
-            As in `promote`.
-
-        Returns
-        -------
-        dict
-            The complete metadata.
-
-        Raises
-        ------
-        StaleStoreError
-            Production, or the version in shadow, is another one.
-        IntegrityError, OSError, StoreError, MissingExtraError, KeyboardInterrupt, Exception
-            As in `promote_staged`. After each of these errors production is unchanged.
-
-        Examples
-        --------
-        >>> version = store.start_shadow(store.stage(b"content of a model file", {}))["version"]
-        >>> store.promote_shadow(version, expected=1)["sequence"], store.shadow()
-        (2, None)
-        """
-        with self.locked():
-            return _promote_shadow(self, version, expected, reason, verify)
 
     def rollback(self, reason: str, version: str | None = None, *,
                  verify: Callable[[Path], object] | None = None) -> dict:
@@ -1389,6 +1396,7 @@ def _stage(store: ModelStore, model: bytes, metadata: dict) -> str:
     _prune(store)
     return change.metadata["version"]
 
+# %% ../nbs/12_versioning.ipynb #053ff915
 def read_staged(store: _StoreReader, version: str) -> tuple[dict, bytes]:
     "Metadata and verified bytes of a staged version."
     return _read_waiting(store, version, "staged")
@@ -1432,7 +1440,7 @@ def _promote_staged_version(store: ModelStore, version: str, verify) -> dict:
         path.unlink(missing_ok=True)
     return promoted
 
-# %% ../nbs/12_versioning.ipynb #5aaa82b8
+# %% ../nbs/12_versioning.ipynb #4bd50c89
 def _start_shadow(store: ModelStore, version: str, verify) -> dict:
     "The steps into shadow; the caller holds the lock."
     _prepare(store, None)
@@ -1467,6 +1475,7 @@ def _end_shadow(store: ModelStore, reason: str) -> str | None:
     _remove_shadow(store, reason)
     return version
 
+# %% ../nbs/12_versioning.ipynb #b3dce36c
 def _promote_shadow(store: ModelStore, version: str, expected: int | None, reason: str | None, verify) -> dict:
     "The steps from shadow to production; the caller holds the lock."
     if reason is not None:
