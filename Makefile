@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Their outputs are reports of a moment, kept elsewhere; the pages are stored without.
 PAPERMILL_PAGES := nbs/weekly_retrain.ipynb nbs/monitor.ipynb nbs/benchmarks.ipynb
 # They show a long run that was done once; each page says how to repeat it.
-RECORDED_PAGES := nbs/ablation.ipynb nbs/gate_characteristics.ipynb nbs/tune.ipynb
+RECORDED_PAGES := nbs/ablation.ipynb nbs/gate_characteristics.ipynb nbs/shadow_characteristics.ipynb nbs/tune.ipynb
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 

@@ -6,8 +6,8 @@
 __all__ = ['Section', 'DataSettings', 'FeatureSettings', 'LabelSettings', 'ValidationSettings', 'LearnerSettings',
            'LightGBMSettings', 'XGBoostSettings', 'RandomForestSettings', 'LearnersSettings', 'WeightSettings',
            'EnsembleSettings', 'TradingSettings', 'TrainingSettings', 'AuditSettings', 'EvaluationSettings',
-           'GateSettings', 'ProductionSettings', 'StoreSettings', 'Settings', 'leaf_paths', 'core_tree',
-           'expand_override', 'load_settings', 'feature_manager', 'set_policy']
+           'GateSettings', 'ProductionSettings', 'ShadowSettings', 'StoreSettings', 'Settings', 'leaf_paths',
+           'core_tree', 'expand_override', 'load_settings', 'feature_manager', 'set_policy']
 
 # %% ../nbs/21_config.ipynb #9382d4ca
 import os
@@ -210,6 +210,21 @@ class ProductionSettings(Section):
     keep_months: Annotated[int, Field(ge=0)]
     signature_days: _Positive
     keep_backups: _Count
+    deployment: Literal["direct", "shadow"]
+
+# %% ../nbs/21_config.ipynb #635a205d
+class ShadowSettings(Section):
+    """Test of the version in shadow against the one in production."""
+    log: str | None
+    alpha: Annotated[float, Field(gt=0, lt=0.5)]
+    earliest: _Count
+    latest: _Count | None
+
+    @model_validator(mode="after")
+    def _in_order(self):
+        if self.latest is not None and self.latest < self.earliest:
+            raise ValueError(f"latest is {self.latest}, before earliest, {self.earliest}")
+        return self
 
 # %% ../nbs/21_config.ipynb #21c00001
 class StoreSettings(Section):
@@ -339,6 +354,7 @@ class Settings(BaseSettings):
     evaluation: EvaluationSettings
     gate: GateSettings
     production: ProductionSettings
+    shadow: ShadowSettings
     store: StoreSettings
 
     @model_validator(mode="after")

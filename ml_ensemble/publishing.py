@@ -201,7 +201,7 @@ def _check_git(git: _Git) -> None:
         raise ConfigError(f"git {found[0] if found else 'of unknown version'} is too old", "Install git 2.36 or newer.")
 
 # %% ../nbs/56_publishing.ipynb #53b00014
-_FOLDERS = re.compile(r"(production|archive|training|reports|production_backup_[0-9TZ-]+)/[^/]+|[^/]+\.jsonl?")
+_FOLDERS = re.compile(r"(production|archive|shadow|training|reports|production_backup_[0-9TZ-]+)/[^/]+|[^/]+\.jsonl?")
 _LEFT_OUT = re.compile(r"(.*/)?\.[^/]*|.*\.(tmp|lock|md)")
 _POINTER = b"version https://git-lfs"
 _Entry = tuple[str, str]               # mode and object of a path in a tree; the mode 000000: there is none

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'MAX_SEQUENCE', 'MAX_METADATA_BYTES', 'MAX_HISTORY_BYTES', 'parse_json', 'check_fields', 'parse_metadata',
-           'check_metadata', 'meaning', 'decision_settings', 'changed_meaning', 'parse_history', 'history_line',
-           'check_chain', 'history_until', 'missing_lines']
+           'check_metadata', 'meaning', 'decision_settings', 'meaning_digest', 'changed_meaning', 'parse_history',
+           'history_line', 'check_chain', 'history_until', 'missing_lines']
 
 # %% ../nbs/10_store_records.ipynb #d949a261
 import io
@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Mapping
 from datetime import datetime
 from sys import intern
 
-from .core import sha256_hex, shorten
+from .core import canonical_json, sha256_hex, shorten
 
 # %% ../nbs/10_store_records.ipynb #d358189d
 def parse_json(data: bytes) -> object:
@@ -202,6 +202,11 @@ def decision_settings(facts: dict) -> dict:
     "The settings of `meaning` for a version, from its metadata."
     classes = facts.get("classes")
     return meaning(_mapping(facts.get("data")), facts.get("fingerprint"), classes if isinstance(classes, list) else [])
+
+def meaning_digest(facts: dict) -> str:
+    "Twelve digits that are equal if the labels, bars and classes of two versions are; the features may differ."
+    compared = {name: value for name, value in decision_settings(facts).items() if name not in ("features", "market")}
+    return sha256_hex(canonical_json(compared))[:12]
 
 def changed_meaning(then: dict, now: dict) -> list[str]:
     "Descriptions of all differences; empty if the two can be compared."

@@ -6,7 +6,7 @@
 __all__ = ['MODEL_FILE', 'METADATA_FILE', 'MAX_MODEL_BYTES', 'CHANGES', 'check_version', 'verify_bytes', 'read_metadata',
            'read_bytes', 'ModelStore', 'archived', 'read_archived', 'read_signed', 'read_pair', 'present_or_damaged',
            'read_exact', 'production_changes', 'adopt_version', 'write_store_file', 'check_reason', 'read_staged',
-           'extend_history', 'read_history_file', 'put_back', 'remedy_for_damage']
+           'read_shadow', 'read_any', 'extend_history', 'read_history_file', 'put_back', 'remedy_for_damage']
 
 # %% ../nbs/12_versioning.ipynb #e82b5469
 import fcntl
@@ -27,7 +27,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, cast
 from warnings import warn
 
 from .core import (ConfigError, IntegrityError, LFSPointerError, MLEnsembleError, ModelNotFoundError, StaleStoreError,
@@ -191,6 +191,20 @@ class _StoreReader:
         """
         return _version_names(self.root / "staged")
 
+    def shadow(self) -> str | None:
+        """Name of the version in shadow: it predicts beside the one in production, and nobody acts on it.
+
+        Returns
+        -------
+        str or None
+
+        Examples
+        --------
+        >>> store.shadow() is None
+        True
+        """
+        return next(reversed(_version_names(self.root / "shadow")), None)
+
     def previous(self) -> str | None:
         """Name of the version that a rollback restores by default.
 
@@ -262,8 +276,109 @@ class _StoreReader:
         """
         return _verify_store(self)
 
+# %% ../nbs/12_versioning.ipynb #b8e41bcf
+class _ShadowStage(_StoreReader):
+    """The methods of `ModelStore` that move a version into shadow and out of it."""
+
+    def start_shadow(self, version: str, *, verify: Callable[[Path], object] | None = None) -> dict:
+        """Move a staged version to shadow, in the place of the one that is there; production is not changed.
+
+        Parameters
+        ----------
+        version : str
+            Name of a staged version.
+        verify : callable, optional
+            Called with the path of the staged model before anything is moved. An exception cancels it.
+
+        Returns
+        -------
+        dict
+            Metadata of the version.
+
+        Raises
+        ------
+        ModelNotFoundError
+            There is no such staged version.
+        IntegrityError, OSError, StoreError, MissingExtraError, Exception
+            As in `promote_staged`.
+
+        Examples
+        --------
+        >>> version = store.stage(b"content of a model file", {"note": "for review"})
+        >>> store.start_shadow(version)["version"], store.shadow(), store.staged()
+        ('20250901-0002', '20250901-0002', [])
+        """
+        store = cast(ModelStore, self)
+        with store.locked():
+            return _start_shadow(store, version, verify)
+
+    def end_shadow(self, reason: str) -> str | None:
+        """Take the version out of shadow and delete its files; production is not changed.
+
+        Parameters
+        ----------
+        reason : str
+            As in `rollback`.
+
+        Returns
+        -------
+        str or None
+            Name of the version; None if there was none.
+
+        Raises
+        ------
+        StoreError, OSError, MissingExtraError
+            As in `rollback`.
+
+        Examples
+        --------
+        >>> version = store.start_shadow(store.stage(b"content of a model file", {}))["version"]
+        >>> store.end_shadow("not better after 2,000 bars"), store.shadow()
+        ('20250901-0002', None)
+        """
+        store = cast(ModelStore, self)
+        with store.locked():
+            return _end_shadow(store, reason)
+
+    def promote_shadow(self, version: str, *, expected: int | None = None, reason: str | None = None,
+                       verify: Callable[[Path], object] | None = None) -> dict:
+        """Put the version in shadow into production.
+
+        Parameters
+        ----------
+        version : str
+            Name of the version; StaleStoreError if another one is in shadow.
+        expected : int, optional
+            As in `promote`: sequence number of the version in production that it was compared with.
+        reason : str, optional
+            Written to the metadata and to the history.
+        verify : callable, optional
+            As in `promote`.
+
+        Returns
+        -------
+        dict
+            The complete metadata.
+
+        Raises
+        ------
+        StaleStoreError
+            Production, or the version in shadow, is another one.
+        IntegrityError, OSError, StoreError, MissingExtraError, KeyboardInterrupt, Exception
+            As in `promote_staged`. After each of these errors production is unchanged.
+
+        Examples
+        --------
+        >>> version = store.start_shadow(store.stage(b"content of a model file", {}))["version"]
+        >>> store.promote_shadow(version, expected=1)["sequence"], store.shadow()
+        (2, None)
+        """
+        store = cast(ModelStore, self)
+        with store.locked():
+            return _promote_shadow(store, version, expected, reason, verify)
+
 # %% ../nbs/12_versioning.ipynb #47d3d342
-class ModelStore(_StoreReader):
+class ModelStore(_ShadowStage):
     """The versions of a model in one folder: production, archive, backups and history.
 
     Parameters
@@ -963,7 +1078,8 @@ def _recorded_event(metadata: dict) -> dict:
 def _new_metadata(store: ModelStore, metadata: dict, model: bytes, kind: str, current: dict | None) -> dict:
     "Complete the metadata of a new version."
     now, sequence = store.clock(), _next_sequence(store, current)
-    number = max([sequence - 1, *map(_version_number, (*store.versions(), *store.staged()))]) + 1
+    waiting = (*store.staged(), *_version_names(store.root / "shadow"))
+    number = max([sequence - 1, *map(_version_number, (*store.versions(), *waiting))]) + 1
     identity = {"version": version_id(number, now), "sequence": sequence, "sha256": sha256_hex(model), "size_bytes": len(model)}
     event = {"kind": kind, "at": iso(now), "replaced": current["version"] if current else None}
     return identity | {name: value for name, value in metadata.items() if name not in identity} | {"event": event}
@@ -1262,10 +1378,10 @@ def _no_version_before(store: ModelStore, problems: list[str], current: dict | N
                              else "Run `ml-ensemble retrain` to train another one.")
 
 # %% ../nbs/12_versioning.ipynb #dbbebe57
-def _staged_paths(store: _StoreReader, version: str) -> tuple[Path, Path]:
-    "Paths of a staged version: model, metadata."
+def _staged_paths(store: _StoreReader, version: str, stage: str = "staged") -> tuple[Path, Path]:
+    "Paths of a version in `staged/`, or in `shadow/`: model, metadata."
     check_version(version)
-    folder = store.root / "staged"
+    folder = store.root / stage
     return folder / f"production_ensemble_{version}.pkl", folder / f"production_model_metadata_{version}.json"
 
 def _stage(store: ModelStore, model: bytes, metadata: dict) -> str:
@@ -1280,16 +1396,38 @@ def _stage(store: ModelStore, model: bytes, metadata: dict) -> str:
     _prune(store)
     return change.metadata["version"]
 
+# %% ../nbs/12_versioning.ipynb #053ff915
 def read_staged(store: _StoreReader, version: str) -> tuple[dict, bytes]:
     "Metadata and verified bytes of a staged version."
-    model_path, metadata_path = _staged_paths(store, version)
+    return _read_waiting(store, version, "staged")
+
+def read_shadow(store: _StoreReader) -> tuple[dict, bytes] | None:
+    "Metadata and verified bytes of the version in shadow, None if there is none; an expired signature is refused."
+    version = store.shadow()
+    if version is None:
+        return None
+    metadata, model = _read_waiting(store, version, "shadow")
+    if store.public_key:
+        check_signature(metadata, store.public_key, store.clock())
+    return metadata, model
+
+def _read_waiting(store: _StoreReader, version: str, stage: str) -> tuple[dict, bytes]:
+    "Metadata and verified bytes of a version in `staged/` or `shadow/`."
+    model_path, metadata_path = _staged_paths(store, version, stage)
     try:
         metadata = read_signed(store, metadata_path)
     except ModelNotFoundError:
-        raise ModelNotFoundError(f"version {version} is not staged", f"There are: {', '.join(store.staged()) or 'none'}.") from None
+        raise ModelNotFoundError(f"version {version} is not {'staged' if stage == 'staged' else 'in shadow'}",
+                                 f"There are: {', '.join(_version_names(store.root / stage)) or 'none'}.") from None
     if metadata["version"] != version:
-        raise IntegrityError(f"staged/{metadata_path.name} is the metadata of version {metadata['version']}", "Retrain.")
-    return metadata, verify_bytes(read_bytes(model_path, store.root), metadata, f"staged/{model_path.name}")
+        raise IntegrityError(f"{stage}/{metadata_path.name} is the metadata of version {metadata['version']}", "Retrain.")
+    return metadata, verify_bytes(read_bytes(model_path, store.root), metadata, f"{stage}/{model_path.name}")
+
+def read_any(store: _StoreReader, version: str) -> tuple[dict, bytes]:
+    "Metadata and verified bytes of a version: in shadow, staged, or archived."
+    if version == store.shadow():
+        return _read_waiting(store, version, "shadow")
+    return read_staged(store, version) if version in store.staged() else read_archived(store, version)
 
 def _promote_staged_version(store: ModelStore, version: str, verify) -> dict:
     "The steps of the promotion of a staged version; the caller holds the lock."
@@ -1302,6 +1440,61 @@ def _promote_staged_version(store: ModelStore, version: str, verify) -> dict:
         path.unlink(missing_ok=True)
     return promoted
 
+# %% ../nbs/12_versioning.ipynb #4bd50c89
+def _start_shadow(store: ModelStore, version: str, verify) -> dict:
+    "The steps into shadow; the caller holds the lock."
+    _prepare(store, None)
+    metadata, model = read_staged(store, version)
+    staged = _staged_paths(store, version)
+    if verify:
+        verify(staged[0])
+    before = store.shadow()
+    model_path, metadata_path = _staged_paths(store, version, "shadow")
+    write_store_file(store, model_path, model)
+    write_store_file(store, metadata_path, read_regular(staged[1], MAX_METADATA_BYTES, store.root))
+    store.record("shadow_start", version=version, replaced=before)
+    if before and before != version:
+        _remove_shadow(store, f"replaced by {version}", version)
+    for path in reversed(staged):
+        path.unlink(missing_ok=True)
+    return metadata
+
+def _remove_shadow(store: ModelStore, reason: str, kept: str | None = None) -> None:
+    "Delete the pairs in `shadow/` but that of `kept`, metadata first, and record each."
+    for version in _version_names(store.root / "shadow"):
+        if version != kept:
+            for path in reversed(_staged_paths(store, version, "shadow")):
+                path.unlink(missing_ok=True)
+            store.record("shadow_end", version=version, reason=reason)
+
+def _end_shadow(store: ModelStore, reason: str) -> str | None:
+    "The steps out of shadow; the caller holds the lock."
+    check_reason(reason)
+    _check_inside(store, store.archive, store.root / "shadow")
+    version = store.shadow()
+    _remove_shadow(store, reason)
+    return version
+
+# %% ../nbs/12_versioning.ipynb #b3dce36c
+def _promote_shadow(store: ModelStore, version: str, expected: int | None, reason: str | None, verify) -> dict:
+    "The steps from shadow to production; the caller holds the lock."
+    if reason is not None:
+        check_reason(reason)
+    check_version(version)
+    if store.shadow() != version:
+        raise StaleStoreError(f"version {version} is not in shadow, which has {store.shadow() or 'no version'}",
+                              "Run `ml-ensemble shadow` to see what is compared now.")
+    metadata, model = _read_waiting(store, version, "shadow")
+    current = _prepare(store, expected)
+    event = {"kind": "promotion", "at": iso(store.clock()), "replaced": current["version"] if current else None}
+    complete = {**metadata, "sequence": _next_sequence(store, current), "event": event | ({"reason": reason} if reason else {})}
+    promoted = _promote_verified(store, _new_change(store, complete, model), verify)
+    try:
+        _remove_shadow(store, "promoted")
+    except OSError as error:
+        warn(f"version {version} is in production, but its files in shadow/ could not be removed ({error})", RuntimeWarning, stacklevel=3)
+    return promoted
+
 # %% ../nbs/12_versioning.ipynb #4f0ca311
 def _sign_store(store: ModelStore, reason: str) -> dict:
     "Sign archived and staged versions, put the version in production there again, sign backups; the caller holds the lock."
@@ -1311,7 +1504,8 @@ def _sign_store(store: ModelStore, reason: str) -> dict:
     unchecked.public_key = None
     metadata, _ = read_pair(unchecked)
     checked = [(archived(store, version)[1], read_archived(unchecked, version)[0]) for version in store.versions()]
-    checked += [(_staged_paths(store, version)[1], read_staged(unchecked, version)[0]) for version in store.staged()]
+    checked += [(_staged_paths(store, version, stage)[1], _read_waiting(unchecked, version, stage)[0])
+                for stage in ("staged", "shadow") for version in _version_names(store.root / stage)]
     identity = {"store_id": metadata.get("store_id") or token_hex(16)}
     for path, facts in checked:
         _sign_file(store, path, facts | identity)
@@ -1477,7 +1671,7 @@ def _recover_or_warn(store: ModelStore) -> None:
 
 def _remove_leftovers(store: ModelStore) -> list[str]:
     "Remove temporary files, a candidate, and archived models whose promotion was cut off."
-    folders = (store.production, store.archive, store.root / "training", *store.root.glob("production_backup_*"))
+    folders = (store.production, store.archive, store.root / "training", store.root / "shadow", *store.root.glob("production_backup_*"))
     files = [path for folder in folders if _is_inside(store, folder) for path in folder.glob(".*.tmp")]
     present, known = (present_or_damaged(store) or {}).get("version"), set(store.versions())
     for path in store.archive.glob("production_ensemble_*.pkl"):
@@ -1610,7 +1804,8 @@ def _verify_pairs(store: _StoreReader) -> list[str]:
     if (store.production / METADATA_FILE).exists() or store.versions():
         readers.append(lambda: read_pair(store))
     readers += [partial(read_archived, store, version) for version in store.versions()]
-    readers += [partial(read_staged, store, version) for version in store.staged()]
+    readers += [partial(_read_waiting, store, version, stage) for stage in ("staged", "shadow")
+                for version in _version_names(store.root / stage)]
     readers += [partial(_read_backup, store, folder) for folder in sorted(store.root.glob("production_backup_*"))]
     findings = []
     for read in readers:

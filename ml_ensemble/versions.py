@@ -19,7 +19,7 @@ with requires_extra():
 
 from .plot_style import BLUE, GREY, INK, ORANGE, style_axes
 from .store_records import changed_meaning, decision_settings
-from .versioning import ModelStore, archived, present_or_damaged, read_metadata, read_staged
+from .versioning import ModelStore, archived, present_or_damaged, read_any, read_metadata
 
 # %% ../nbs/47_versions.ipynb #3d65b6bc
 _COLUMNS = ["version", "state", "trained", "newest_bar", "market", "skill", "skill_low", "skill_high", "weighted_f1",
@@ -35,8 +35,8 @@ def version_table(store: ModelStore) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        One row for each version, oldest first, indexed by `version`. `state` (production, previous, archived, staged or
-        damaged), `trained` and `newest_bar` (days), `market`, `skill` with the limits of its 95 % interval, `weighted_f1`,
+        One row for each version, oldest first, indexed by `version`. `state` (production, previous, archived, shadow, staged
+        or damaged), `trained` and `newest_bar` (days), `market`, `skill` with the limits of its 95 % interval, `weighted_f1`,
         `yearly_return` (after costs, as a share) and `pinned` (the reason). Empty or NaN where the metadata lacks it.
     """
     current, before, pins = present_or_damaged(store), store.previous(), store.pins()
@@ -44,13 +44,15 @@ def version_table(store: ModelStore) -> pd.DataFrame:
     if current:
         states[current["version"]] = "production"
     rows = [_table_row(store, version, states[version]) | {"pinned": pins.get(version, "")} for version in store.versions()]
+    shadow = store.shadow()
     rows += [_table_row(store, version, "staged") for version in store.staged()]
+    rows += [_table_row(store, shadow, "shadow")] if shadow else []
     return pd.DataFrame(rows, columns=_COLUMNS).set_index("version")
 
 def _table_row(store: ModelStore, version: str, state: str) -> dict:
     "One row of the table; only the state if the metadata cannot be read."
     try:
-        facts = read_staged(store, version)[0] if state == "staged" else read_metadata(archived(store, version)[1], store.root)
+        facts = read_any(store, version)[0] if state in ("staged", "shadow") else read_metadata(archived(store, version)[1], store.root)
     except StoreError:
         return {"version": version, "state": "damaged"}
     data, metrics = facts.get("data", {}), facts.get("metrics", {})
@@ -152,7 +154,7 @@ def diff_versions(store: ModelStore, old: str, new: str) -> VersionDiff:
 
 def _facts_of(store: ModelStore, version: str) -> dict:
     "Metadata of an archived or staged version."
-    return read_staged(store, version)[0] if version in store.staged() else store.read(version)[0]
+    return read_any(store, version)[0]
 
 def _flat(facts: dict) -> dict[str, object]:
     "The compared fields as {dotted name: value}."

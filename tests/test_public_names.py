@@ -37,13 +37,13 @@ PUBLIC = {
     "cli": """
         app audit_command backup candles_command check cli_main diff_command export history keygen_command
         overdue_command pin_command predict promote_command prune_command publish_command pull_store_command
-        push_store_command restore_command retrain_command rollback run_command show_command sign_command
-        unpin_command verify_command versions_command
+        push_store_command restore_command retrain_command rollback run_command shadow_command show_command
+        sign_command unpin_command verify_command versions_command
     """,
     "compiled_trees": "SplitGraph compiled_loop split_graph",
     "config": """
         AuditSettings DataSettings EnsembleSettings EvaluationSettings FeatureSettings GateSettings LabelSettings
-        LearnerSettings LearnersSettings LightGBMSettings ProductionSettings RandomForestSettings Section Settings
+        LearnerSettings LearnersSettings LightGBMSettings ProductionSettings RandomForestSettings Section Settings ShadowSettings
         StoreSettings TradingSettings TrainingSettings ValidationSettings WeightSettings XGBoostSettings core_tree
         expand_override feature_manager leaf_paths load_settings set_policy
     """,
@@ -58,7 +58,7 @@ PUBLIC = {
         usable_cpus utc_now version_id working_directory write_atomic
     """,
     "custom_features": "CustomFeature Window WindowBuffer custom_columns custom_feature load_custom",
-    "ensemble": "ProductionEnsemble canary_rows closed_bars load_file metadata_beside restore_ensemble",
+    "ensemble": "ProductionEnsemble canary_rows closed_bars load_file metadata_beside prediction_row restore_ensemble",
     "entry_point": "main",
     "evaluation": """
         Evaluation baselines bootstrap_skills diebold_mariano evaluate intervals paired_skill_difference per_fold
@@ -74,6 +74,7 @@ PUBLIC = {
         input_names model_inputs_of scale_free scale_free_row
     """,
     "fleet": "judge_fleet",
+    "forecast_comparison": "ScoreComparison bars_until_decided compare_scores plot_comparison",
     "indicators": """
         COMPILE_FROM MAX_NUMBER MIN_PRICE STATE WARMUP WINDOW compile_kernel compile_or_warn compiled compute feed
         is_valid_bar new_memory new_state pays_to_compile read_only update_bar
@@ -90,7 +91,7 @@ PUBLIC = {
     "learner_parameters": "FIXED LEARNERS accepted_names did_you_mean free_names learners_with own_name own_names",
     "live": """
         CLASS_NAMES Decision LiveStream ServingState bar_interval_ns check_bars decide_bar decide_values read_history
-        split_unfinished unfinished_bar warm_stream
+        split_unfinished table_of unfinished_bar warm_stream
     """,
     "market_data": """
         CandleReport Market bar_sample has_same_bars inspect_candles load_candles settings_of_source write_candles
@@ -117,11 +118,16 @@ PUBLIC = {
         learner_evaluations learner_table market_label rarest_class reach_verdict reachable_skill run_audit
         run_backtest run_money_bridge run_skill_sources stage trading_facts
     """,
-    "retraining": "NO_NEW_BARS REFUSED_BEFORE RetrainResult STAGED execute retrain",
+    "retraining": "IN_SHADOW NO_NEW_BARS REFUSED_BEFORE RetrainResult STAGED execute retrain",
     "run_settings": """
         WEEKLY_NOTEBOOK checkpoint_folder get_market notebook_settings run_overrides split_overrides staging_folder
     """,
     "sandbox": "CLUSTERING QUOTED_SPREAD STRENGTH VOLATILITY bar_length best_skill signal simulate_market true_probability",
+    "shadow": """
+        KEEP PROMOTE PairedPredictions ShadowVerdict UNDECIDED judge_pairs pair_predictions promote_from_shadow
+        replay_rows shadow_verdict version_labels
+    """,
+    "shadow_log": "PredictionRow STAGES ShadowLog append_row parse_row read_shadow_log",
     "signing": """
         check_mark check_signature generate_key key_id public_key public_of public_text raise_mark read_mark sign_metadata
         state_folder
@@ -133,8 +139,8 @@ PUBLIC = {
     "trading_costs": "entry_delay known_spread net_returns plot_spread positions rolling_spread side_cost",
     "store_records": """
         MAX_HISTORY_BYTES MAX_METADATA_BYTES MAX_SEQUENCE VERSION changed_meaning check_chain check_fields
-        check_metadata decision_settings history_line history_until meaning missing_lines parse_history parse_json
-        parse_metadata
+        check_metadata decision_settings history_line history_until meaning meaning_digest missing_lines parse_history
+        parse_json parse_metadata
     """,
     "text_tables": "TextLayout TextTable read_text_table",
     "training": "fit_all make_ensemble parity_error trained_proba",
@@ -144,9 +150,9 @@ PUBLIC = {
     "verification": "probe_artefact verify_version",
     "versioning": """
         CHANGES MAX_MODEL_BYTES METADATA_FILE MODEL_FILE ModelStore adopt_version archived check_reason
-        check_version extend_history present_or_damaged production_changes put_back read_archived read_bytes
-        read_exact read_history_file read_metadata read_pair read_signed read_staged remedy_for_damage verify_bytes
-        write_store_file
+        check_version extend_history present_or_damaged production_changes put_back read_any read_archived
+        read_bytes read_exact read_history_file read_metadata read_pair read_shadow read_signed read_staged
+        remedy_for_damage verify_bytes write_store_file
     """,
     "versions": "VersionDiff diff_versions plot_versions version_table",
     "walk_forward": """
