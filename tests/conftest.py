@@ -115,19 +115,21 @@ def trained(tmp_path_factory, worker_id):
     return store, *pickle.loads(results.read_bytes())
 
 
+def execute_here(notebook, report, parameters, verbose, show_progress):
+    """The cells of a retrain in this process, which draw nothing."""
+    names = {"display": lambda *shown: None}
+    for cell in nbformat.read(notebook, 4).cells:
+        if cell.cell_type == "code":
+            exec(cell.source.replace("%matplotlib inline", "").replace("from IPython.display import display", ""), names)
+            names |= parameters if "parameters" in cell.metadata.get("tags", []) else {}
+    report.parent.mkdir(parents=True, exist_ok=True)
+    report.write_text(notebook.read_text())
+
+
 @pytest.fixture
 def in_this_process(monkeypatch):
     """The cells of a retrain run in this process and draw nothing: where the report is not the point."""
-    def execute(notebook, report, parameters, verbose, show_progress):
-        names = {"display": lambda *shown: None}
-        for cell in nbformat.read(notebook, 4).cells:
-            if cell.cell_type == "code":
-                exec(cell.source.replace("%matplotlib inline", "").replace("from IPython.display import display", ""), names)
-                names |= parameters if "parameters" in cell.metadata.get("tags", []) else {}
-        report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(notebook.read_text())
-
-    monkeypatch.setattr(retraining, "execute", execute)
+    monkeypatch.setattr(retraining, "execute", execute_here)
 
 
 @pytest.fixture

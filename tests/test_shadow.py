@@ -22,7 +22,7 @@ from ml_ensemble.core import ConfigError, IntegrityError, LFSPointerError, Signa
 from ml_ensemble.ensemble import restore_ensemble
 from ml_ensemble.forecast_comparison import bars_until_decided, compare_scores
 from ml_ensemble.recipe import new_learners, training_set
-from ml_ensemble.retraining import IN_SHADOW, retrain
+from ml_ensemble.retraining import IN_SHADOW, NO_NEW_BARS, retrain
 from ml_ensemble.sandbox import simulate_market
 from ml_ensemble.shadow import judge_pairs, pair_predictions, promote_from_shadow, shadow_verdict
 from ml_ensemble.shadow_log import PredictionRow, ShadowLog, read_shadow_log
@@ -451,7 +451,7 @@ def test_promote_takes_a_version_or_shadow_and_not_both(words, store, monkeypatc
 
 
 @pytest.mark.slow
-def test_a_retrain_puts_the_first_version_into_production_and_the_next_one_into_shadow(tmp_path):
+def test_a_retrain_puts_the_first_version_into_production_and_the_next_one_into_shadow(tmp_path, in_this_process):
     kept = ModelStore(tmp_path)
     settings = (*TINY, "production.deployment=shadow")
     first = retrain("sandbox", overrides=settings, store=kept, show_progress=False)
@@ -459,3 +459,5 @@ def test_a_retrain_puts_the_first_version_into_production_and_the_next_one_into_
     second = retrain("sandbox", overrides=(*settings, "seed=8"), store=kept, show_progress=False)
     assert (second.promoted, second.reason, kept.current()["sequence"]) == (False, IN_SHADOW, 1)
     assert kept.shadow() == second.version and kept.verify() == []
+    third = retrain("sandbox", overrides=(*settings, "seed=8"), store=kept, show_progress=False)      # the same week once more
+    assert (third.reason, third.metadata["version"], kept.shadow()) == (NO_NEW_BARS, second.version, second.version)

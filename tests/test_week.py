@@ -1,12 +1,13 @@
 """A week that does not go as planned: the same retrain twice, an interrupted one, a disk without space."""
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, execute_here
 
-from ml_ensemble import retrain, retraining
+from ml_ensemble import ModelStore, retrain, retraining
 from ml_ensemble import walk_forward as walk_module
 from ml_ensemble.config import load_settings
 from ml_ensemble.core import RetrainError
@@ -19,6 +20,16 @@ pytestmark = pytest.mark.slow
 
 def run(store, *more, **options):
     return retrain(overrides=(*REFUSED, *more), store=store, show_progress=False, **options)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A store after a refusal, the result, and the number of fits in all walk-forwards."""
+    store, fit, fitted = ModelStore(tmp_path_factory.mktemp("undisturbed")), walk_module.fit_learner, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retraining, "execute", execute_here)
+        patch.setattr(walk_module, "fit_learner", lambda *words, **options: fitted.append(fit(*words, **options)))
+        return store, run(store), len(fitted)
 
 
 @pytest.fixture(scope="module")
@@ -93,36 +104,34 @@ def test_a_full_disk_does_not_end_a_walk_forward(small, fits, tmp_path, monkeypa
     assert same(out_of_fold(*small, lambda text: None, checkpoints=tmp_path), out_of_fold(*small, lambda text: None))
 
 
-def test_a_run_after_an_interrupted_one_has_the_figures_of_an_undisturbed_one(store, tmp_path, fits, in_this_process):
-    undisturbed = run(store)
-    number = len(fits.learners)
-    other = type(store)(tmp_path / "other")
-    fits.limit = number + 14                                       # of 18: in the second recipe, of the other entry
+def test_a_run_after_an_interrupted_one_has_the_figures_of_an_undisturbed_one(store, undisturbed, fits, in_this_process):
+    fits.limit = 14                                                # of 18: in the second recipe, of the other entry
     with pytest.raises(KeyboardInterrupt):
-        run(other)
-    assert len(list(checkpoint_folder(other).iterdir())) >= 9
+        run(store)
+    kept = len(list(checkpoint_folder(store).iterdir()))
+    assert kept >= 9
     fits.limit = None
-    resumed = run(other)
-    assert resumed.metadata["metrics"] == undisturbed.metadata["metrics"]
-    assert resumed.metadata["backtest"] == undisturbed.metadata["backtest"]
-    assert resumed.metadata["skill_sources"] == undisturbed.metadata["skill_sources"]
-    assert len(fits.learners) < number + 14 + number and not checkpoint_folder(other).exists()
-    assert [event["kind"] for event in other.history()] == ["failure", "refusal"]
+    resumed = run(store)
+    for part in ("metrics", "backtest", "skill_sources"):
+        assert resumed.metadata[part] == undisturbed[1].metadata[part]
+    assert len(fits.learners) == 14 + undisturbed[2] - kept + 3   # the newest fold once more, for the importance
+    assert not checkpoint_folder(store).exists()
+    assert [event["kind"] for event in store.history()] == ["failure", "refusal"]
 
 
 # --- the same run twice -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def refused(store, in_this_process, monkeypatch):
+def refused(undisturbed, tmp_path, monkeypatch):
     """A store after a refusal; a further run that gets as far as the notebook raises."""
-    first = run(store)
+    store, first = ModelStore(shutil.copytree(undisturbed[0].root, tmp_path / "refused")), undisturbed[1]
     assert not first.promoted and store.history()[-1]["kind"] == "refusal"
 
     def began(*arguments):
         raise RuntimeError("the notebook began")
     monkeypatch.setattr(retraining, "execute", began)
-    return store, first
+    return store, replace(first, report=store.root / "reports" / first.report.name)
 
 
 def test_a_refused_candidate_is_not_made_again_until_something_has_changed(refused):
@@ -159,14 +168,16 @@ def test_a_refused_candidate_whose_figures_are_lost_is_made_again(refused, conte
 # --- what a killed run leaves, and a full disk ------------------------------------------------------------------------
 
 
-def test_what_a_killed_run_has_left_is_removed_and_stands_in_the_history(store, in_this_process):
+def test_what_a_killed_run_has_left_is_removed_and_stands_in_the_history(refused):
+    store, _ = refused
     folder = staging_folder(store, "20260101T000000Z")
     folder.mkdir(parents=True)
     (folder / "production_ensemble.pkl").write_bytes(b"half a model")
-    run(store)
-    assert not folder.exists() and not checkpoint_folder(store).exists()
-    first, last = store.history()
-    assert first["kind"] == "interrupted" and "20260101T000000Z" in first["reason"] and last["kind"] == "refusal"
+    with pytest.raises(RetrainError, match="the notebook began"):
+        run(store, force=True)
+    assert not folder.exists()
+    assert [event["kind"] for event in store.history()] == ["refusal", "interrupted", "failure"]
+    assert "20260101T000000Z" in store.history()[1]["reason"]
 
 
 def test_a_disk_without_space_is_noticed_before_the_work_starts(refused, monkeypatch):
