@@ -32,7 +32,7 @@ from .walk_forward import Predictions
 from .labels import next_returns
 from .metrics import row_log_loss
 from .plot_style import BLUE, GREY, INK, ORANGE, style_axes
-from .walk_forward import TrainingSet, WalkForwardResult
+from .walk_forward import Predictions, TrainingSet, WalkForwardResult
 from .validation import index_ns
 
 # %% ../nbs/42_skill_sources.ipynb #d6d4aba6
@@ -50,7 +50,7 @@ def volatility_inputs(
 
 def volatility_forecast(
     data: TrainingSet,
-    walk: WalkForwardResult,       # of the same training set
+    walk: WalkForwardResult | Predictions,   # rows of the same training set, with their folds
     candles: pd.DataFrame,   # from which both were computed
 ) -> np.ndarray:             # (N, K) probabilities for the rows of `walk`
     "Class probabilities from volatility alone, fitted fold by fold."

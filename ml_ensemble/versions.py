@@ -142,7 +142,7 @@ def diff_versions(store: ModelStore, old: str, new: str) -> VersionDiff:
     StoreError
         A name is not that of a version, or its files are damaged.
     """
-    return diff_metadata(*(_facts_of(store, version) for version in (old, new)), old, new)
+    return diff_metadata(_facts_of(store, old), _facts_of(store, new), old, new)
 
 def diff_metadata(then: dict, now: dict, old: str, new: str) -> VersionDiff:
     "Differences of the metadata of two versions with the names `old` and `new`."
