@@ -28,7 +28,6 @@ from .backtest import Backtest
 from .trading_costs import positions
 from .base_learners import MAX_PROBA, encode, with_every_class
 from .evaluation import bootstrap_skills
-from .walk_forward import Predictions
 from .labels import next_returns
 from .metrics import row_log_loss
 from .plot_style import BLUE, GREY, INK, ORANGE, style_axes

@@ -94,7 +94,7 @@ class VersionDiff(MarkdownRepr):
     new: str
     meaning: list[str]                           # changes of what a decision means
     changes: Mapping[str, Sequence[object]]      # dotted name: value in the old one, in the new one
-    metrics: Mapping[str, Sequence[object]]      # name: [value, low, high] in the old one, in the new one
+    metrics: Mapping[str, Sequence[Sequence]]    # name: [value, low, high] in the old one, in the new one
 
     def to_dict(self) -> dict:
         "JSON-safe."
