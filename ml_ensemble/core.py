@@ -444,9 +444,10 @@ def format_number(value: float | None, digits: int = 3) -> str:
         return "∞" if value > 0 else "-∞"
     if value == int(value) or abs(value) >= 1000:
         return f"{value:,.0f}"
-    if abs(value) < 0.5 * 10.0 ** -digits:
+    if abs(value) < 1e-5:
         return f"{value:.0e}"
-    return f"{value:.{digits}f}"
+    text = f"{value:.{digits}f}"
+    return text.removeprefix("-") if not text.strip("-0.") else text
 
 def format_percent(share: float | None, digits: int = 1) -> str:
     "A share as a percentage; a dash for None and NaN."

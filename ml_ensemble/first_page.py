@@ -7,6 +7,7 @@ __all__ = ['Page', 'what_would_change', 'read_candidate', 'first_page', 'provena
 
 # %% ../nbs/59_first_page.ipynb #b1600003
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -135,7 +136,8 @@ def _money_at_risk(result: Backtest, facts: dict) -> str:
     rows += [("time invested", format_percent(result.model.exposure), format_percent(result.hold.exposure)),
              ("changes of position a year", format_number(round(result.model.turnover)), format_number(round(result.hold.turnover))),
              ("result after costs", format_return(result.model.net_return), format_return(result.hold.net_return))]
-    multiple = " (25x: 25 times the starting capital)" if max(result.model.net_return, result.hold.net_return) >= 10 else ""
+    best = max(result.model.net_return, result.hold.net_return)
+    multiple = f" ({format_return(best)}: so many times the starting capital)" if best >= 10 else ""
     warning = f"\n\n**Do not rely on the result. {result.warning}**" if result.warning else ""
     return (f"What a capital of 1,000 would have lost out of sample, {result.time[0]:%Y-%m-%d} to {result.time[-1]:%Y-%m-%d}, "
             f"long or flat, at {format_percent(result.cost, 2)} for each change of position{multiple}. Losses to come can be "
@@ -150,7 +152,7 @@ _FIGURE_NAMES = {"skill": "skill against the prior", "log_loss": "log loss", "we
 def _changed_value(value) -> str:
     "A value of a setting."
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return "not recorded" if value is None else format_number(value, 4) if number else str(value)[:60]
+    return "not recorded" if value is None else format_number(value, 4) if number else str(value)[:60] or "empty"
 
 def _with_ends(name: str, figure: Sequence) -> str:
     "A figure with its interval."
@@ -198,6 +200,8 @@ def _margin(criterion: Criterion, facts: dict) -> tuple[float, str] | None:
     if not criterion.applicable or criterion.value is None:
         return None
     gap, width = abs(criterion.value - criterion.limit), _half_width(criterion, facts)
+    if gap == 0 and criterion.status == "pass":
+        return math.inf, "met exactly: a question of yes or no"
     higher = (criterion.relation == "<=") == (criterion.status == "pass")      # the direction that changes the result
     result = "fail" if criterion.status == "pass" else "pass"
     words = f"would {result} if it were {format_number(gap)} {'higher' if higher else 'lower'}"
@@ -328,7 +332,7 @@ def first_page(facts: dict, store: ModelStore, *, result: Backtest, last: LastVe
     close = f"Closest to a change: {nearest[0]}, which {nearest[3]}." if len(nearest) == 4 else ""
     lead = "\n\n".join([_verdict_line(verdict, version, current), verdict.summary, _may_be_traded(facts, verdict, current), close])
     happened = f"{last}\n\n{drift.sentence()}." if last else "There is no version before this one."
-    return Page(f"Audit report: {facts['data']['market']}, candidate {version}", lead, {
+    return Page(f"Audit report: {facts['data']['market']}, candidate `{version}`", lead, {
         "What it is for": _use(facts, result), "Money at risk": _money_at_risk(result, facts),
         "What changed since the last version": _what_changed(facts, before, version),
         "What the last version said and what happened": happened,
