@@ -9,6 +9,7 @@ __all__ = ['tidy_report', 'report_html', 'render_or_warn', 'ReportFile', 'find_r
 import re
 import sys
 import tempfile
+from base64 import b64decode
 from dataclasses import dataclass
 from html import escape
 from html.parser import HTMLParser
@@ -113,6 +114,7 @@ def tidy_report(notebook: Any, folders: list[str]) -> Any:
 _INLINE = {"code", "strong", "em", "br"}
 _NUMBER = re.compile(r"[-+]?[\d.,]+(e-?\d+)?( %|x)?( \(.*\))?|[-+]?[\d.,]+ to [-+]?[\d.,]+|–|")
 _LONG, _WIDE = 30, 46          # characters of a cell, of a row, from which a table becomes cards on a phone
+_SHORT = 14                    # characters of a cell that stay on one line
 
 class _TableReader(HTMLParser):
     """Rows of a table as lists of the HTML of their cells; cells that span several rows are repeated."""
@@ -171,7 +173,7 @@ def _table_html(html: str) -> str:
     numeric = [all(_NUMBER.fullmatch(_plain_text(row[k])) for row in body if k < len(row)) and k > 0 for k in range(len(names))]
     widths = [max((len(_plain_text(row[k])) for row in read.rows if k < len(row)), default=0) for k in range(len(names))]
     figures = all(width <= 14 for width in widths[1:]) and all(numeric[1:])      # may be read sideways
-    long = max(widths, default=0) > _LONG or (sum(widths) > _WIDE and not figures)
+    long = max(widths[1:], default=0) > _LONG or (sum(widths) > _WIDE and not figures)
     attribute = lambda k: ' class="n"' if numeric[k] else ""
     header = "".join(f'<th scope="col" role="columnheader"{attribute(k)}>{name}</th>' if name else f'<td role="cell"{attribute(k)}></td>'
                      for k, name in enumerate(names))
@@ -179,12 +181,13 @@ def _table_html(html: str) -> str:
         if k == 0:
             return f'<th scope="row" role="rowheader">{text}</th>' if text.strip() else '<td role="cell"></td>'
         label = f' data-label="{_plain_text(names[k])}"' if names[k] else ""
-        classes = " ".join(name for name, holds in (("n", numeric[k]), ("empty", not text.strip())) if holds)
+        classes = " ".join(name for name, holds in (("n", numeric[k]), ("empty", not text.strip()),
+                                                  ("short", 0 < len(_plain_text(text)) <= _SHORT and not numeric[k])) if holds)
         return f'<td role="cell"{f" class={chr(34)}{classes}{chr(34)}" if classes else ""}{label}>{text}</td>'
     rows = "".join(f'<tr role="row">{"".join(cell(k, text) for k, text in enumerate(row))}</tr>' for row in body)
     top = f'<thead role="rowgroup"><tr role="row">{header}</tr></thead>' if any(names) else ""
     title = escape(_plain_text(next(filter(None, names), "") or (body[0][0] if body else "")))
-    return (f'<div class="wide" role="region" tabindex="0" aria-label="Table: {title or "values"}"><table role="table"'
+    return (f'<div class="wide" role="group" tabindex="0" aria-label="Table: {title or "values"}"><table role="table"'
             f'{" class=" + chr(34) + "cards" + chr(34) if long else ""}>{top}<tbody role="rowgroup">{rows}</tbody></table></div>')
 
 def _with_tables(html: str) -> str:
@@ -219,7 +222,7 @@ class _Markdown:
         return _with_tables(str(self._convert(source)))
 
 # %% ../nbs/53_audit_report.ipynb #53f10014
-_SHORT_OUTPUT = 6       # lines of printed text that are shown; more are folded
+_SHORT_OUTPUT = 3       # lines of printed text that are shown; more are folded
 
 def _details(kind: str, summary: str, text: str) -> str:
     "Folded text."
@@ -229,8 +232,10 @@ def _image(data: dict, heading: str) -> str:
     "A figure with its alternative text."
     text = "".join(data.get("text/plain", "")).strip("'\"")
     text = f"Figure of the section {heading}" if not text or text.startswith("<") else text
-    return (f'<figure><div class="scroll" role="region" tabindex="0" aria-label="Figure: {escape(heading)}"><img alt="{escape(text)}" '
-            f'src="data:image/png;base64,{re.sub(r"[^A-Za-z0-9+/=]", "", data["image/png"])}"></div></figure>')
+    content = re.sub(r"[^A-Za-z0-9+/=]", "", data["image/png"])
+    pixels = int.from_bytes(b64decode(content[:64])[16:20], "big")       # the width, in the first bytes of every PNG
+    return (f'<figure><div class="scroll" role="group" tabindex="0" aria-label="Figure: {escape(heading)}"><img alt="{escape(text)}" '
+            f'style="--width: {round(0.72 * pixels)}px" src="data:image/png;base64,{content}"></div></figure>')
 
 def _printed(name: str, text: str) -> str:
     "Printed text; folded if it is long, or a message of a library."

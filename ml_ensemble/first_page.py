@@ -291,6 +291,13 @@ def _reviews(facts: dict, result: Backtest, last: LastVersion | None, drift: Inp
         "Labels, features, venue, fees or the rules of the market change."]) + (
         f"\n\n**Holds now:** {'; '.join(now)}." if now else "\n\n**Holds now:** none of the conditions that can be measured here.")
 
+def _identity_line(facts: dict, version: str) -> str:
+    "Version, data, code and packages in one line."
+    commit = (facts["git"].get("commit") or "unknown")[:10] + (" with changes" if facts["git"].get("dirty") else "")
+    packages = ", ".join(f"{name} {number}" for name, number in facts["packages"].items())
+    return (f"*Version {version}; data to {facts['data']['to'][:16].replace('T', ' ')} UTC; commit {commit}; {packages}. "
+            "In full at the end of this page.*")
+
 def _identity(facts: dict, version: str, current: str | None) -> str:
     "Version, commit, packages and data of the candidate."
     git, data = facts["git"], facts["data"]
@@ -330,7 +337,8 @@ def first_page(facts: dict, store: ModelStore, *, result: Backtest, last: LastVe
     current = before.get("version") if before else None
     nearest = next((line for line in repr(what_would_change(facts)).splitlines()[4:5]), "").strip("| ").split(" | ")
     close = f"Closest to a change: {nearest[0]}, which {nearest[3]}." if len(nearest) == 4 else ""
-    lead = "\n\n".join([_verdict_line(verdict, version, current), verdict.summary, _may_be_traded(facts, verdict, current), close])
+    lead = "\n\n".join([_verdict_line(verdict, version, current), verdict.summary, _may_be_traded(facts, verdict, current), close,
+                        _identity_line(facts, version)])
     happened = f"{last}\n\n{drift.sentence()}." if last else "There is no version before this one."
     return Page(f"Audit report: {facts['data']['market']}, candidate `{version}`", lead, {
         "What it is for": _use(facts, result), "Money at risk": _money_at_risk(result, facts),

@@ -6,8 +6,8 @@
 __all__ = ['label_balance', 'feature_table', 'fold_table', 'check_first_fold', 'reachable_skill', 'LabelEconomics',
            'label_economics', 'evaluate_result', 'evaluate_blend', 'learner_evaluations', 'learner_table',
            'blend_table', 'ensemble_gain', 'gain_sentence', 'importance', 'run_skill_sources', 'run_backtest',
-           'run_money_bridge', 'run_audit', 'Candidate', 'fit_candidate', 'champion_recipe', 'compare_with_production',
-           'rarest_class', 'reach_verdict', 'market_label', 'trading_facts', 'stage']
+           'run_money_bridge', 'run_audit', 'Candidate', 'fit_candidate', 'candidate_table', 'champion_recipe',
+           'compare_with_production', 'rarest_class', 'reach_verdict', 'market_label', 'trading_facts', 'stage']
 
 # %% ../nbs/52_retrain_steps.ipynb #cd0d80eb
 import pickle
@@ -55,7 +55,7 @@ from .training import fit_all, make_ensemble, parity_error
 from .verdict import Verdict
 from .verification import probe_artefact
 from .walk_forward import TrainingSet, WalkForwardResult
-from .versioning import MODEL_FILE, ModelStore, present_or_damaged
+from .versioning import MODEL_FILE, ModelStore, next_version, present_or_damaged
 
 # %% ../nbs/52_retrain_steps.ipynb #74925ed6
 def label_balance(data: TrainingSet) -> pd.DataFrame:
@@ -314,6 +314,20 @@ def fit_candidate(settings: Settings, data: TrainingSet, final_blend: Blend, sto
     artefact = {"parity_error": difference, "size_mb": path.stat().st_size / 1e6,
                 **{key: measured[key] for key in ("load_seconds", "memory_mb", "latency_ms")}}
     return Candidate(ensemble, learners, artefact)
+
+# %% ../nbs/52_retrain_steps.ipynb #52f10002
+def candidate_table(candidate: Candidate, store: ModelStore) -> pd.DataFrame:
+    "The candidate under the name that it gets: parts of the model and measurements of the artefact."
+    info, measured = candidate.ensemble.get_model_info(), candidate.artefact
+    rows = {"version": f"{next_version(store)}, if it is promoted today",
+            "weights": ", ".join(f"{name} {format_number(weight, 2)}" for name, weight in info["weights"].items()),
+            "classes": ", ".join(CLASS_NAMES[label] for label in info["classes"]),
+            "buys from a probability of": format_number(info["decision_threshold"]), "calibration": info["calibration"]["kind"],
+            "features": ", ".join(info["features"]), "size, MB": format_number(measured["size_mb"]),
+            "time to load, s": format_number(measured["load_seconds"]), "memory, MB": format_number(measured["memory_mb"], 1),
+            "time of a prediction, ms": format_number(measured["latency_ms"]),
+            "difference from the trained learners": format_number(measured["parity_error"])}
+    return pd.DataFrame({"": rows.keys(), "candidate": rows.values()}).set_index("")
 
 # %% ../nbs/52_retrain_steps.ipynb #c5e72dba
 _RECIPE = ("seed", "features", "learners", "ensemble", "training")
