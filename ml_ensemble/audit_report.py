@@ -6,6 +6,7 @@
 __all__ = ['tidy_report', 'report_html', 'render_or_warn', 'ReportFile', 'find_report']
 
 # %% ../nbs/53_audit_report.ipynb #55240767
+import os
 import re
 import sys
 import tempfile
@@ -28,9 +29,10 @@ from .versioning import ModelStore, read_staged
 _PATH = re.compile(r"(?<![\w./~…<\\-])/(?:[\w.@+~%-]+/)+[\w.@+~%-]*")
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
-def _known_folders(report: Path) -> list[str]:
-    "Folders of this machine, longest first; a folder whose name has spaces is found only here."
+def _known_folders(report: Path, text: str = "") -> list[str]:
+    "Folders of this machine, and of the candles named in a text, longest first; one whose name has spaces is found only here."
     folders = [report.parent.parent, find_project(), working_directory(), Path.home(), Path(tempfile.gettempdir()), Path(sys.prefix)]
+    folders += [Path(name) for name in set(re.findall(r"file:(/[^\"'`\n|<>\\]+)/", text)) if os.path.isdir(name)]
     return sorted({str(folder) for folder in folders if folder and len(folder.parts) > 1}, key=len, reverse=True)
 
 def _clean_text(text: str, folders: list[str]) -> str:
@@ -284,6 +286,7 @@ def _merged(outputs: list) -> list:
             joined.append(output)
     return joined
 
+# %% ../nbs/53_audit_report.ipynb #53f10022
 _HTML = Template("""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -363,7 +366,8 @@ def _finish(report: Path) -> Path:
     "Tidy the notebook in place, and write the HTML."
     with requires_extra():
         import nbformat
-    notebook = tidy_report(nbformat.read(report, 4), _known_folders(report))
+    text = report.read_text(encoding="utf-8")
+    notebook = tidy_report(nbformat.reads(text, 4), _known_folders(report, text))
     write_atomic(report, nbformat.writes(notebook))
     return write_atomic(report.with_suffix(".html"), report_html(notebook, page_file("report.css").read_text(encoding="utf-8")))
 

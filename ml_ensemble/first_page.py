@@ -44,7 +44,7 @@ def _cell(value) -> str:
     "Text for a cell of a table."
     return str(value).replace("|", "\\|").replace("\n", " ")
 
-def _table(head: Sequence[str], rows: Sequence[Sequence], numbers: int = 0) -> str:
+def _page_table(head: Sequence[str], rows: Sequence[Sequence], numbers: int = 0) -> str:
     "A Markdown table; the last `numbers` columns are on the right."
     rule = ["---"] * (len(head) - numbers) + ["--:"] * numbers
     return "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in (head, rule, *rows))
@@ -53,7 +53,7 @@ def _bullets(items: Sequence[str]) -> str:
     "A Markdown list of the items that are not empty."
     return "\n".join(f"- {item}" for item in items if item)
 
-def _figure(figures: dict, name: str) -> str:
+def _metric_text(figures: dict, name: str) -> str:
     "A metric with its 95 % interval."
     low, high = figures["intervals"].get(name) or (None, None)
     value = format_number(figures["metrics"].get(name))
@@ -91,6 +91,9 @@ def _may_be_traded(facts: dict, verdict: Verdict, current: str | None) -> str:
         return "**May it be traded? No.** It was trained on simulated candles, which are for practice."
     if not verdict.passed:
         return "**May it be traded? No.**" + (f" Version {current} is judged by its own report." if current else "")
+    if facts["backtest"].get("caution"):
+        return ("**May it be traded? Not before the result is explained.** The criteria are met, but the backtest is implausibly good "
+                "(*Money at risk*).")
     return ("**May it be traded? Yes, within the limits below**, once it is in production and `ml-ensemble check` ends with "
             "*Fit to trade*.")
 
@@ -141,7 +144,7 @@ def _money_at_risk(result: Backtest, facts: dict) -> str:
     warning = f"\n\n**Do not rely on the result. {result.warning}**" if result.warning else ""
     return (f"What a capital of 1,000 would have lost out of sample, {result.time[0]:%Y-%m-%d} to {result.time[-1]:%Y-%m-%d}, "
             f"long or flat, at {format_percent(result.cost, 2)} for each change of position{multiple}. Losses to come can be "
-            "larger than any of these.\n\n" + _table(("", "model", "buy and hold"), rows, 2) + warning)
+            "larger than any of these.\n\n" + _page_table(("", "model", "buy and hold"), rows, 2) + warning)
 
 # %% ../nbs/59_first_page.ipynb #b1600012
 _OWN_SECTION = ("configuration.data.", "data.", "packages.", "git.")
@@ -182,7 +185,7 @@ def _what_changed(facts: dict, before: dict | None, version: str) -> str:
         f"Settings: {'; '.join(settings[:_MOST_CHANGES])}{more}." if settings else "Settings, weights and threshold are the same.",
         f"Code: commit {commits[0]} → {commits[1]}." if commits[0] != commits[1] else "The code is the same commit.",
         f"Packages: {', '.join(packages)}." if packages else "The packages are the same.",
-    ]) + "\n\n" + _table(("out of sample, at the training", f"version {diff.old}", f"candidate {version}"), rows, 2)
+    ]) + "\n\n" + _page_table(("out of sample, at the training", f"version {diff.old}", f"candidate {version}"), rows, 2)
 
 # %% ../nbs/59_first_page.ipynb #b1600014
 _INTERVALS = {"weighted F1": "weighted_f1", "weighted F1 minus majority": "weighted_f1_minus_majority",
@@ -232,7 +235,7 @@ def what_would_change(facts: dict) -> Page:
     ordered, missed = [row for _, row in sorted(rows, key=lambda item: item[0])], len(verdict.failures)
     lead = (f"It would have passed if the {missed} criteria that failed had all been met; they come first, the nearest on top."
             if missed else "It would have been refused if any one of these had failed; the nearest comes first.")
-    return Page("", f"{lead}\n\n" + _table(("criterion", "value", "limit", "distance"), ordered + others))
+    return Page("", f"{lead}\n\n" + _page_table(("criterion", "value", "limit", "distance"), ordered + others))
 
 # %% ../nbs/59_first_page.ipynb #b1600017
 def _limits(facts: dict) -> str:
@@ -242,8 +245,8 @@ def _limits(facts: dict) -> str:
     weakest = f"; in the weakest of {len(skills)} folds it is {format_number(min(skills))}" if skills else ""
     trading = config["trading"]
     return _bullets([
-        f"Skill is {_figure(metrics, 'skill')} on {metrics['metrics']['samples']:,} out-of-sample bars{weakest}. An average over the past "
-        "is no statement about next week.",
+        f"Skill is {_metric_text(metrics, 'skill')} on {metrics['metrics']['samples']:,} out-of-sample bars{weakest}. "
+        "An average over the past is no statement about next week.",
         "The candidate is refitted on all bars: it has no out-of-sample figure of its own, these are of its recipe.",
         f"One market, {data['from'][:10]} to {data['to'][:10]}: a kind of market that does not occur there is unknown to it.",
         f"Costs are a fee of {format_percent(trading['fee'], 2)} and slippage of {format_percent(trading['slippage'], 2)} or half the "
@@ -295,14 +298,14 @@ def _identity_line(facts: dict, version: str) -> str:
     "Version, data, code and packages in one line."
     commit = (facts["git"].get("commit") or "unknown")[:10] + (" with changes" if facts["git"].get("dirty") else "")
     packages = ", ".join(f"{name} {number}" for name, number in facts["packages"].items())
-    return (f"*Version {version}; data to {facts['data']['to'][:16].replace('T', ' ')} UTC; commit {commit}; {packages}. "
-            "In full at the end of this page.*")
+    return (f"Version {version}; data to {facts['data']['to'][:16].replace('T', ' ')} UTC; commit {commit}; {packages}. "
+            "In full at the end of this page.")
 
 def _identity(facts: dict, version: str, current: str | None) -> str:
     "Version, commit, packages and data of the candidate."
     git, data = facts["git"], facts["data"]
     commit = (git.get("commit") or "unknown") + (", with changes that are not committed" if git.get("dirty") else "")
-    return _table(("", ""), [
+    return _page_table(("", ""), [
         ("candidate", f"{version} (the name it gets if it is promoted today)"), ("replaces", current or "nothing"),
         ("trained", f"{facts['created_at'][:16].replace('T', ' ')} UTC"), ("market", _market(facts)),
         ("data", f"{data['bars']:,} bars, {data['from'][:16].replace('T', ' ')} to {data['to'][:16].replace('T', ' ')} UTC"),
@@ -356,4 +359,4 @@ def provenance(facts: dict) -> Page:
             ("commit", f"`{git.get('commit') or 'unknown'}`{' with uncommitted changes' if git.get('dirty') else ''}"),
             ("fingerprint of the features", f"`{facts['fingerprint']}`"), ("random seed", facts["configuration"]["seed"]),
             *((f"{name}", number) for name, number in facts["packages"].items())]
-    return Page("", _table(("", ""), rows) + "\n\nThe settings of the run are in the section *Settings*.")
+    return Page("", _page_table(("", ""), rows) + "\n\nThe settings of the run are in the section *Settings*.")

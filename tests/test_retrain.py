@@ -226,7 +226,7 @@ def test_the_report_shows_every_step_and_is_self_contained(trained):
     html = first.report.with_suffix(".html").read_text()
     titles = re.findall(r"^## (.+)$", "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown"), re.M)
     assert titles == ["Settings", "Candles", "Features", "Labels", "Walk-forward", "Out-of-sample metrics",
-                      "Sources of skill", "Further analysis", "Leakage audit", "Candidate", "Verdict"]
+                      "Sources of skill", "Further analysis", "Leakage audit", "Candidate", "Verdict", "Provenance"]
     assert "The gate passes this candidate" in html and html.count("data:image/png;base64") >= 6
     assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=[\"']?(https?:)?//", html)
     assert not re.search(r"(import|from) [\"']https?:", html)
@@ -514,12 +514,12 @@ def test_the_cells_that_papermill_writes_for_a_wrong_parameter_end_in_a_named_er
 
 
 def test_a_report_that_cannot_be_rendered_does_not_stop_a_run(tmp_path, monkeypatch):
-    def broken(**options):
-        raise ValueError("no template")
-    monkeypatch.setattr("nbconvert.HTMLExporter", broken)
+    def broken(*arguments, **options):
+        raise ValueError("no converter")
+    monkeypatch.setattr("mistune.create_markdown", broken)
     page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 + 1")])
     page.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(page, tmp_path / "page.ipynb")
-    with pytest.warns(RuntimeWarning, match="could not be converted to HTML .ValueError: no template"):
+    with pytest.warns(RuntimeWarning, match="could not be converted to HTML .ValueError: no converter"):
         execute(tmp_path / "page.ipynb", tmp_path / "report.ipynb", {}, False, False)
     assert (tmp_path / "report.ipynb").exists()
