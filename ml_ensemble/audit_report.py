@@ -224,6 +224,7 @@ class _Markdown:
         return _with_tables(str(self._convert(source)))
 
 # %% ../nbs/53_audit_report.ipynb #53f10014
+_NARROW_PNG = "image/x-narrow-png"        # as plot_style writes it
 _SHORT_OUTPUT = 3       # lines of printed text that are shown; more are folded
 
 def _details(kind: str, summary: str, text: str) -> str:
@@ -234,10 +235,13 @@ def _image(data: dict, heading: str) -> str:
     "A figure with its alternative text."
     text = "".join(data.get("text/plain", "")).strip("'\"")
     text = f"Figure of the section {heading}" if not text or text.startswith("<") else text
-    content = re.sub(r"[^A-Za-z0-9+/=]", "", data["image/png"])
+    content, narrow = (re.sub(r"[^A-Za-z0-9+/=]", "", data.get(name, "")) for name in ("image/png", _NARROW_PNG))
     pixels = int.from_bytes(b64decode(content[:64])[16:20], "big")       # the width, in the first bytes of every PNG
-    return (f'<figure><div class="scroll" role="group" tabindex="0" aria-label="Figure: {escape(heading)}"><img alt="{escape(text)}" '
-            f'style="--width: {round(0.72 * pixels)}px" src="data:image/png;base64,{content}"></div></figure>')
+    source = f'<source media="screen and (max-width: 44rem)" srcset="data:image/png;base64,{narrow}">' if narrow else ""
+    image = (f'<img alt="{escape(text)}" style="--width: {round(0.72 * pixels)}px" src="data:image/png;base64,{content}">')
+    kind = "" if narrow else ' class="wide-only"'
+    return (f'<figure{kind}><div class="scroll" role="group" tabindex="0" aria-label="Figure: {escape(heading)}"><picture>{source}'
+            f"{image}</picture></div></figure>")
 
 def _printed(name: str, text: str) -> str:
     "Printed text; folded if it is long, or a message of a library."

@@ -124,6 +124,8 @@ def last_version(settings: Settings, candles: pd.DataFrame, data: TrainingSet, s
     metrics = facts.get("metrics", {})
     known = LastVersion(facts["version"], str(facts.get("data", {}).get("to", "")), (
         metrics.get("metrics", {}).get("skill"), *(metrics.get("intervals", {}).get("skill") or (None, None))))
+    if not known.newest:
+        return replace(known, note="its metadata lack its newest training bar, so nothing can be compared")
     try:
         return _outcome(known, facts, settings, candles, data, store, candidate)
     except (MLEnsembleError, ValueError, KeyError) as error:

@@ -7,7 +7,10 @@ __all__ = ['BLUE', 'ORANGE', 'GREY', 'INK', 'GRID', 'class_colour', 'new_axes', 
            'plot_recent']
 
 # %% ../nbs/06_plot_style.ipynb #c3151c3e
+import pickle
+from base64 import b64encode
 from io import BytesIO
+from textwrap import fill
 
 from .core import requires_extra
 
@@ -56,8 +59,29 @@ def _figure_text(figure: Figure) -> str:
         parts.append(": ".join(text for text in (ax.get_title(loc="left"), names) if text))
     return ". ".join(part for part in parts if part) or "figure"
 
+_NARROW = 4.2          # inches of a figure for a phone, whose screen shows it without scrolling
+_NARROW_PNG = "image/x-narrow-png"
+
+def _narrow(figure: Figure) -> Figure:
+    "A copy as wide as a phone: axes below each other, titles on several lines."
+    copy = pickle.loads(pickle.dumps(figure))
+    axes, height = copy.axes, copy.get_figheight()
+    for ax, place in zip(axes, copy.add_gridspec(len(axes), 1)):
+        ax.set_subplotspec(place)
+        ax.set_title(fill(ax.get_title(loc="left"), 38), loc="left", fontsize=10, color=INK, pad=10)
+        if len(ax.get_xticklabels()) and "\n" in ax.get_xticklabels()[0].get_text():
+            ax.tick_params(axis="x", labelsize=6.5)
+    copy.set_size_inches(_NARROW, min(height, 4.5) * len(axes))
+    return copy
+
+def _png(figure: Figure) -> str:
+    "PNG, base64."
+    image = BytesIO()
+    figure.savefig(image, format="png", dpi=150, facecolor="white")
+    return b64encode(image.getvalue()).decode()
+
 class ReportFigure:
-    """A figure for a report: an image that is sharp on any screen, with its text."""
+    """A figure for a report: an image that is sharp on any screen, another one for a phone, and its text."""
 
     def __init__(self, figure: Figure):
         self.figure = figure
@@ -65,10 +89,8 @@ class ReportFigure:
     def __repr__(self) -> str:
         return _figure_text(self.figure)
 
-    def _repr_png_(self) -> bytes:
-        image = BytesIO()
-        self.figure.savefig(image, format="png", dpi=150, facecolor="white")
-        return image.getvalue()
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
+        return {"text/plain": repr(self), "image/png": _png(self.figure), _NARROW_PNG: _png(_narrow(self.figure))}
 
 # %% ../nbs/06_plot_style.ipynb #da86fb76
 def plot_recent(close: pd.Series, proba: np.ndarray) -> Figure:

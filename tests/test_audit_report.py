@@ -15,7 +15,7 @@ from ml_ensemble.cli import app
 from ml_ensemble.core import IntegrityError, ModelNotFoundError, StoreError, page_file, sha256_hex
 from ml_ensemble.versioning import ModelStore
 
-VOID = {"meta", "img", "br"}
+VOID = {"meta", "img", "br", "source"}
 
 
 class Page(HTMLParser):
@@ -102,6 +102,8 @@ def test_the_page_is_well_formed_accessible_and_needs_nothing_else(html, page):
     assert len(images) >= 8 and len({image["alt"] for image in images}) == len(images)
     assert all(len(image["alt"]) > 20 and not image["alt"].startswith("<") for image in images)
     assert all(image["src"].startswith("data:image/png;base64,") for image in images)
+    narrow = [attributes for attributes, _ in page.all("source")]
+    assert len(narrow) == len(images) and all(source["srcset"].startswith("data:image/png;base64,") for source in narrow)
     assert not page.all("script", "link", "iframe", "object") and not re.search(r"url\(|@import|\son\w+=", html)
     assert all(attributes.get("scope") in ("col", "row") for attributes, text in page.all("th"))
     assert all(attributes["tabindex"] == "0" for attributes, _ in page.all("div", "pre") if attributes.get("class") in ("wide", "scroll"))
