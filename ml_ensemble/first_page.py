@@ -22,6 +22,7 @@ with requires_extra():
 
 # %% ../nbs/59_first_page.ipynb #b1600004
 from .backtest import Backtest
+from .config import core_tree
 from .last_version import InputDrift, LastVersion
 from .skill_sources import SkillSources, use_of_probabilities
 from .verdict import Criterion, Verdict
@@ -85,6 +86,14 @@ def _verdict_line(verdict: Verdict, version: str, current: str | None) -> str:
     enough = f" About {verdict.bars_needed:,} labelled bars would suffice." if verdict.bars_needed else ""
     return f"**✗ Not enough evidence** to promote candidate {version}: {missed}{enough}"
 
+def _changed_limits(facts: dict) -> str:
+    "Limits of this run that are not those of the core configuration, in one sentence; empty if there are none."
+    core, used = core_tree(), facts["configuration"]
+    names = [("gate", name) for name in core["gate"]] + [("production", "allow_simulated")]
+    changed = [f"`{part}.{name}` is {_changed_value(used[part][name])} instead of {_changed_value(core[part][name])}"
+               for part, name in names if name in used[part] and used[part][name] != core[part][name]]
+    return f"**Limits were changed for this run:** {'; '.join(changed)}." if changed else ""
+
 def _may_be_traded(facts: dict, verdict: Verdict, current: str | None) -> str:
     "Whether the candidate may be traded, in words."
     if facts["data"]["simulated"]:
@@ -135,7 +144,7 @@ def _money_at_risk(result: Backtest, facts: dict) -> str:
     lost = lambda share: f"{format_number(round(1000 * abs(share)))} ({format_percent(abs(share))})"
     rows = [("largest fall from a peak", lost(result.model.drawdown), lost(result.hold.drawdown))]
     rows += [(name, lost(_worst(result.model_returns, result.time, days)), lost(_worst(result.hold_returns, result.time, days)))
-             for name, days in (("worst 30 days", 30), ("worst 7 days", 7), ("worst day", 1))]
+             for name, days in (("worst 7 days", 7), ("worst day", 1))]
     rows += [("time invested", format_percent(result.model.exposure), format_percent(result.hold.exposure)),
              ("changes of position a year", format_number(round(result.model.turnover)), format_number(round(result.hold.turnover))),
              ("result after costs", format_return(result.model.net_return), format_return(result.hold.net_return))]
@@ -154,7 +163,9 @@ _FIGURE_NAMES = {"skill": "skill against the prior", "log_loss": "log loss", "we
 
 def _changed_value(value) -> str:
     "A value of a setting."
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    number = isinstance(value, int | float)
     return "not recorded" if value is None else format_number(value, 4) if number else str(value)[:60] or "empty"
 
 def _with_ends(name: str, figure: Sequence) -> str:
@@ -266,9 +277,9 @@ def _who_decides(facts: dict, verdict: Verdict, current: str | None, before: str
         back = "this candidate changes nothing" + (f". From version {current}, {back}" if current else "")
     return _bullets([
         f"**Answers for the model:** {owner}.",
-        "**The verdict** is computed from the limits in `config/core/thresholds.yaml`. Each change of a limit is a commit with a name.",
-        "**Overrule a refusal:** no option does. Whoever may commit to the repository changes a limit there and retrains; a change "
-        "of labels or features needs `--accept-change`, another market `--replace-market NAME`.",
+        "**The verdict** is computed from the limits in `config/core/thresholds.yaml`; a change of that file is a commit with a name.",
+        "**Overrule a refusal:** `ml-ensemble retrain --set gate.LIMIT=VALUE` changes a limit for one run, and this page names it "
+        "on top; a change of labels or features needs `--accept-change`, another market `--replace-market NAME`.",
         "**Overrule a pass:** `ml-ensemble retrain --no-promote` only stages a version, and `ml-ensemble promote VERSION` releases it.",
         f"**Go back:** {back}. Whoever may write to the model store can do so, and the history records time and reason. "
         "`ml-ensemble versions` lists the versions."])
@@ -340,8 +351,9 @@ def first_page(facts: dict, store: ModelStore, *, result: Backtest, last: LastVe
     current = before.get("version") if before else None
     nearest = next((line for line in repr(what_would_change(facts)).splitlines()[4:5]), "").strip("| ").split(" | ")
     close = f"Closest to a change: {nearest[0]}, which {nearest[3]}." if len(nearest) == 4 else ""
-    lead = "\n\n".join([_verdict_line(verdict, version, current), verdict.summary, _may_be_traded(facts, verdict, current), close,
-                        _identity_line(facts, version)])
+    lead = "\n\n".join(filter(None, [
+        _verdict_line(verdict, version, current), _changed_limits(facts), verdict.summary, _may_be_traded(facts, verdict, current),
+        close, _identity_line(facts, version)]))
     happened = f"{last}\n\n{drift.sentence()}." if last else "There is no version before this one."
     return Page(f"Audit report: {facts['data']['market']}, candidate `{version}`", lead, {
         "What it is for": _use(facts, result), "Money at risk": _money_at_risk(result, facts),

@@ -80,6 +80,7 @@ def test_the_first_page_names_version_commit_packages_and_what_happened_to_the_l
     assert f"candidate {second.version}" in text and f"gate passes candidate {second.version}" in text
     assert second.metadata["git"]["commit"] in text and f"numpy {second.metadata['packages']['numpy']}" in text
     assert f"Version {first.version}: no settled bar is newer than its training data" in text
+    assert "Limits were changed for this run: production.allow_simulated is true instead of false." in text
 
 
 def test_every_part_has_its_section_and_the_contents_lead_to_each(page):
