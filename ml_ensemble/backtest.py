@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from .core import MarkdownRepr, requires_extra, ValidationError
+from .core import MarkdownRepr, format_percent, format_return, requires_extra, ValidationError
 
 with requires_extra():
     import pandas as pd
@@ -96,11 +96,12 @@ class Backtest(MarkdownRepr):
         return f"Implausibly good for a real market. {cause}" if self.too_good else ""
 
     def _repr_markdown_(self) -> str:
-        head = (f"{len(self.time):,} bars out of sample, {self.cost:.3%} for each change of position, "
+        head = (f"{len(self.time):,} bars out of sample, {format_percent(self.cost, 2)} for each change of position, "
                 f"{self.trials} recipes tried\n\n| metric | model | buy and hold |\n|---|--:|--:|\n")
-        formats = {"net return": ".1%", "yearly return": ".1%", "sharpe": ".2f", "probabilistic sharpe": ".3f",
-                   "deflated sharpe": ".3f", "drawdown": ".1%", "turnover": ".0f", "exposure": ".1%"}
-        cell = lambda of, name: "–" if (v := getattr(of, name.replace(" ", "_"))) is None else f"{v:{formats[name]}}"
+        formats = {"net return": format_return, "yearly return": format_return, "sharpe": lambda v: f"{v:.2f}",
+                   "probabilistic sharpe": lambda v: f"{v:.3f}", "deflated sharpe": lambda v: f"{v:.3f}",
+                   "drawdown": format_percent, "turnover": lambda v: f"{v:,.0f}", "exposure": format_percent}
+        cell = lambda of, name: formats[name](getattr(of, name.replace(" ", "_")))
         rows = "\n".join(f"| {name} | {cell(self.model, name)} | {cell(self.hold, name)} |" for name in formats)
         short = "" if self.model.yearly_return is not None else "\n\nLess than half a year: no yearly return is given."
         return head + rows + short + (f"\n\n**{self.warning}**" if self.warning else "")

@@ -14,7 +14,7 @@ import numpy as np
 
 from .candles import OHLCV, PRICES, Rule, bar_interval, fault_of, ohlcv_columns, ohlcv_rules
 from ml_ensemble.core import (
-    AmbiguousDataError, ConfigError, DataError, DuplicateError, GapError, MarkdownRepr, TooShortError, requires_extra,
+    AmbiguousDataError, ConfigError, DataError, DuplicateError, GapError, MarkdownRepr, TooShortError, format_percent, requires_extra,
 )
 
 with requires_extra():
@@ -110,11 +110,11 @@ class DataQuality(MarkdownRepr):
                 f"{minute_text(self.last)} UTC")
 
     def _repr_markdown_(self) -> str:
-        rows = [f"| {name} | {row['rows']} | {minute_text(row['first'])} | {row['verdict']} |"
+        rows = [f"| {name} | {row['rows']:,} | {minute_text(row['first'])} | {row['verdict']} |"
                 for name, row in self.rules.iterrows()]
         note = ("no second price: entering at the next open is entering at the close before"
                 if self.repeated_opens >= REPEATED else "a price of its own")
-        rows.append(f"| opens equal to the close before | {self.repeated_opens:.1%} | | {note} |")
+        rows.append(f"| opens equal to the close before | {format_percent(self.repeated_opens)} | | {note} |")
         return f"{self.headline()}\n\n| rule | rows | first | verdict |\n|---|---|---|---|\n" + "\n".join(rows)
 
 def data_quality(candles: pd.DataFrame, calendar: str = "continuous") -> DataQuality:

@@ -204,6 +204,7 @@ class ProductionSettings(Section):
     max_age_days: _Positive
     max_run_days: _Positive
     range_margin: _NonNegative
+    owner: Annotated[str, Field(max_length=200)]
     allow_simulated: bool
     min_free_disk_mb: _NonNegative
     keep_versions: Annotated[int, Field(ge=2)]

@@ -12,7 +12,7 @@ __all__ = ['shorten', 'MLEnsembleError', 'ConfigError', 'DataError', 'FeatureErr
            'readable_json', 'sha256_hex', 'sync_directory', 'check_replaceable', 'write_atomic', 'read_regular',
            'utc_now', 'iso', 'working_directory', 'explain_os_error', 'find_project', 'project_root', 'core_file',
            'page_file', 'models_dir', 'version_id', 'usable_cpus', 'n_threads', 'in_threads', 'hide_credentials',
-           'check_store_url', 'MarkdownRepr']
+           'check_store_url', 'format_number', 'format_percent', 'format_return', 'MarkdownRepr']
 
 # %% ../nbs/00_core.ipynb #dd71e0b3
 import errno
@@ -434,6 +434,31 @@ def check_store_url(url: str) -> str:
                           "For example s3://bucket/models or file:/mnt/backup/models; credentials belong into the environment or "
                           "the files of the protocol, such as ~/.aws/credentials.")
     return url
+
+# %% ../nbs/00_core.ipynb #f0a70002
+def format_number(value: float | None, digits: int = 3) -> str:
+    "Whole numbers with commas, others with `digits` decimals, tiny ones as 1e-07; a dash for None and NaN."
+    if value is None or value != value:
+        return "–"
+    if value in (float("inf"), float("-inf")):
+        return "∞" if value > 0 else "-∞"
+    if value == int(value) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    if abs(value) < 1e-5:
+        return f"{value:.0e}"
+    text = f"{value:.{digits}f}"
+    return text.removeprefix("-") if not text.strip("-0.") else text
+
+def format_percent(share: float | None, digits: int = 1) -> str:
+    "A share as a percentage; a dash for None and NaN."
+    if share is None or share != share:
+        return "–"
+    text = f"{100 * share:,.{digits}f} %"
+    return text.removeprefix("-") if not text.strip("-0., %") else text
+
+def format_return(share: float | None) -> str:
+    "A return as a percentage; from 1,000 % the multiple of the capital, such as 12,712x."
+    return format_percent(share) if share is None or not share >= 10 else f"{1 + share:,.0f}x"
 
 # %% ../nbs/00_core.ipynb #3835cf0e
 class MarkdownRepr(ABC):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .core import iso, MarkdownRepr, requires_extra, ValidationError
+from .live import CLASS_NAMES
 from .metrics import (accuracy, calibration_error, confusion_matrix, macro_f1, matthews_correlation, mean_roc_auc,
                                  one_hot, precision_recall, reliability_bins, roc_auc, row_brier, row_log_loss,
                                  skill_score, weighted_f1)
@@ -212,7 +213,7 @@ _FIGURES = (
     ("calibration_error", "calibration error"), ("auc", "area under the ROC curve"),
     ("weighted_f1", "weighted F1"), ("weighted_f1_minus_majority", "weighted F1 minus majority"),
     ("macro_f1", "macro F1"), ("accuracy", "accuracy"), ("mcc", "Matthews correlation"),
-    ("precision", "precision of class 1"), ("recall", "recall of class 1"),
+    ("precision", "precision of buy"), ("recall", "recall of buy"),
 )
 
 def _number(value: float | None) -> str:
@@ -308,7 +309,7 @@ def _reliability_curve(ax: Axes, p: np.ndarray, hit: np.ndarray, label: int) -> 
     forecast, share, count = reliability_bins(p, hit)
     bar = 1.96 * np.sqrt(share * (1 - share) / count)
     ax.errorbar(forecast, share, bar, color=class_colour(label), marker="o", markersize=5, linewidth=1.4, elinewidth=1,
-                label=f"class {label}")
+                label=CLASS_NAMES[label])
     return max((share + bar).max(), np.quantile(p, 0.999))
 
 def plot_reliability(oos: Predictions, ax: Axes | None = None) -> Axes:
@@ -365,7 +366,8 @@ def plot_confusion(oos: Predictions, predicted: np.ndarray, ax: Axes | None = No
     accuracy = 100 * counts.trace() / counts.sum()
     style_axes(ax, f"Decisions: {accuracy:.1f} % of {counts.sum():,} rows are correct", "predicted class", "true class")
     ax.grid(False)
-    ax.set(xticks=ticks, yticks=ticks, xticklabels=oos.classes, yticklabels=oos.classes)
+    names = [CLASS_NAMES[label] for label in oos.classes]
+    ax.set(xticks=ticks, yticks=ticks, xticklabels=names, yticklabels=names)
     return ax
 
 # %% ../nbs/40_evaluation.ipynb #5fd22e3f
@@ -379,10 +381,10 @@ def plot_roc_pr(oos: Predictions) -> Figure:
         if not 0 < hit.sum() < len(hit):  # both curves are undefined for a constant label
             continue
         false_rate, true_rate, _ = roc_curve(hit, p)
-        roc.plot(false_rate, true_rate, color=colour, label=f"class {oos.classes[k]}: area {roc_auc(hit, p):.3f}")
+        roc.plot(false_rate, true_rate, color=colour, label=f"{CLASS_NAMES[oos.classes[k]]}: area {roc_auc(hit, p):.3f}")
         precision, recall, _ = precision_recall_curve(hit, p)
         pr.plot(recall[:-1], precision[:-1], color=colour,
-                label=f"class {oos.classes[k]}: {100 * hit.mean():.0f} % of rows")
+                label=f"{CLASS_NAMES[oos.classes[k]]}: {100 * hit.mean():.0f} % of rows")
         pr.axhline(hit.mean(), color=colour, linewidth=0.9, linestyle=(0, (4, 3)))
     style_axes(roc, "ROC curve", "false positive rate", "true positive rate")
     style_axes(pr, "Precision-recall curve", "recall", "precision")

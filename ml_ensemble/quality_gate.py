@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .core import requires_extra
+from .core import format_percent, requires_extra
 
 with requires_extra():
     from scipy.stats import norm
@@ -54,11 +54,12 @@ def judge(measured: GateInput, limits: GateSettings) -> Verdict:
 
 def _trading_sentence(money: Backtest) -> str:
     "Sentence on the trading result after costs."
-    model, costs = money.model, f"after costs of {money.cost:.2%} per side"
+    model, costs = money.model, f"after costs of {format_percent(money.cost, 2)} per side"
     if not model.exposure:
-        return f"No trades: no threshold covered the costs of {money.cost:.2%} per side, so the model never buys."
-    verb = "lose" if model.net_return < 0 else "earn"
-    return (f"Its decisions {verb} {abs(model.net_return):.1%} {costs}, filled at the next open: "
+        return f"No trades: no threshold covered the costs of {format_percent(money.cost, 2)} per side, so the model never buys."
+    result = (f"lose {format_percent(-model.net_return)}" if model.net_return < 0 else f"earn {format_percent(model.net_return)}"
+              if model.net_return < 10 else f"multiply the capital by {1 + model.net_return:,.0f}")
+    return (f"Its decisions {result} {costs}, filled at the next open: "
             f"Sharpe ratio {model.sharpe:.2f}, "
             f"probability {model.probabilistic_sharpe:.2f} that the true ratio is above 0."
             + (f" {money.warning}" if money.warning else ""))

@@ -143,7 +143,9 @@ def _promote_staged(store: ModelStore, run_id: str, report: Path, expected: int,
                     promote: bool = True, options: Sequence[object] = (), deployment: str = "direct") -> RetrainResult:
     "Promote the candidate if its gate passed, put it into shadow, or keep it; otherwise record the refusal."
     folder = staging_folder(store, run_id)
-    reference = {"report": {"path": str(report.relative_to(store.root)), "sha256": sha256_hex(report.read_bytes())}}
+    html = report.with_suffix(".html")
+    hashes = {name: sha256_hex(path.read_bytes()) for name, path in (("sha256", report), ("html_sha256", html)) if path.exists()}
+    reference = {"report": {"path": str(report.relative_to(store.root)), **hashes}}
     candidate = {**_read_object(folder / "candidate.json"), **reference}
     verdict, version, staged = Verdict.from_dict(candidate["gate"]), None, None
     to_shadow = promote and deployment == "shadow" and _has_same_meaning(present_or_damaged(store), candidate)

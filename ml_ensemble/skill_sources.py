@@ -28,11 +28,10 @@ from .backtest import Backtest
 from .trading_costs import positions
 from .base_learners import MAX_PROBA, encode, with_every_class
 from .evaluation import bootstrap_skills
-from .walk_forward import Predictions
 from .labels import next_returns
 from .metrics import row_log_loss
 from .plot_style import BLUE, GREY, INK, ORANGE, style_axes
-from .walk_forward import TrainingSet, WalkForwardResult
+from .walk_forward import Predictions, TrainingSet, WalkForwardResult
 from .validation import index_ns
 
 # %% ../nbs/42_skill_sources.ipynb #d6d4aba6
@@ -50,7 +49,7 @@ def volatility_inputs(
 
 def volatility_forecast(
     data: TrainingSet,
-    walk: WalkForwardResult,       # of the same training set
+    walk: WalkForwardResult | Predictions,   # rows of the same training set, with their folds
     candles: pd.DataFrame,   # from which both were computed
 ) -> np.ndarray:             # (N, K) probabilities for the rows of `walk`
     "Class probabilities from volatility alone, fitted fold by fold."

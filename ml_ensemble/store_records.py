@@ -152,7 +152,7 @@ _METADATA: _Fields = {
     "features": _list_of(_text(200), 10_000), "fingerprint": _text(200), "weights": _mapping_of(_number_in(0, 1e6)),
     "classes": _list_of(_whole_in(-1, 1), 3), "decision_threshold": _number_in(0, 1), "gate": _OBJECT,
     "signature": {"key": _text(100), "value": _text(200)}, "expires_at": _TIME, "store_id": _text(100),
-    "report": {"path": _text(4096), "sha256": _text(64)}, "artefact": _OBJECT, "skill_sources": _OBJECT,
+    "report": {"path": _text(4096), "sha256": _text(64), "html_sha256": _text(64)}, "artefact": _OBJECT, "skill_sources": _OBJECT,
     "backtest": _OBJECT, "money": _OBJECT, "label_economics": _OBJECT, "leakage_audit": _OBJECT, "git": _OBJECT,
     "packages": _mapping_of(_text(200))}
 

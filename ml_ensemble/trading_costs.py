@@ -89,6 +89,6 @@ def plot_spread(
     date_axis(ax)
     ax.set_ylim(bottom=0)
     ax.legend(frameon=False, fontsize=9)
-    title = f"Effective spread: {known.iloc[-1]:.2f} %, a change of position costs {cost:.2%}"
+    title = f"Effective spread: {known.iloc[-1]:.2f} %, a change of position costs {100 * cost:.2f} %"
     style_axes(ax, title, "", "% of the price")
     return ax

@@ -9,7 +9,7 @@ __all__ = ['Criterion', 'Verdict']
 import operator
 from dataclasses import asdict, dataclass
 
-from .core import MarkdownRepr
+from .core import MarkdownRepr, format_number
 
 # %% ../nbs/07_verdict.ipynb #9d02caae
 _RELATIONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le}
@@ -76,7 +76,7 @@ class Verdict(MarkdownRepr):
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
         "Criterion, value, limit, status, remedy or note, as text."
-        return [(c.name, "–" if c.value is None else f"{c.value:.4g}", f"{c.relation} {c.limit:g}", _MARKS[c.status],
+        return [(c.name, format_number(c.value), f"{c.relation} {format_number(c.limit)}", _MARKS[c.status],
                  c.remedy if c in self.failures else c.note) for c in self.criteria]
 
     def to_dict(self) -> dict:

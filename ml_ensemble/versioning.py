@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['MODEL_FILE', 'METADATA_FILE', 'MAX_MODEL_BYTES', 'CHANGES', 'check_version', 'verify_bytes', 'read_metadata',
            'read_bytes', 'ModelStore', 'archived', 'read_archived', 'read_signed', 'read_pair', 'present_or_damaged',
-           'read_exact', 'production_changes', 'adopt_version', 'write_store_file', 'check_reason', 'read_staged',
-           'read_shadow', 'read_any', 'extend_history', 'read_history_file', 'put_back', 'remedy_for_damage']
+           'read_exact', 'production_changes', 'next_version', 'adopt_version', 'write_store_file', 'check_reason',
+           'read_staged', 'read_shadow', 'read_any', 'extend_history', 'read_history_file', 'put_back',
+           'remedy_for_damage']
 
 # %% ../nbs/12_versioning.ipynb #e82b5469
 import fcntl
@@ -1078,11 +1079,18 @@ def _recorded_event(metadata: dict) -> dict:
 def _new_metadata(store: ModelStore, metadata: dict, model: bytes, kind: str, current: dict | None) -> dict:
     "Complete the metadata of a new version."
     now, sequence = store.clock(), _next_sequence(store, current)
-    waiting = (*store.staged(), *_version_names(store.root / "shadow"))
-    number = max([sequence - 1, *map(_version_number, (*store.versions(), *waiting))]) + 1
-    identity = {"version": version_id(number, now), "sequence": sequence, "sha256": sha256_hex(model), "size_bytes": len(model)}
+    identity = {"version": _next_name(store, sequence, now), "sequence": sequence, "sha256": sha256_hex(model), "size_bytes": len(model)}
     event = {"kind": kind, "at": iso(now), "replaced": current["version"] if current else None}
     return identity | {name: value for name, value in metadata.items() if name not in identity} | {"event": event}
+
+def _next_name(store: ModelStore, sequence: int, now: datetime) -> str:
+    "Name of a new version: its number is above that of every other one."
+    waiting = (*store.staged(), *_version_names(store.root / "shadow"))
+    return version_id(max([sequence - 1, *map(_version_number, (*store.versions(), *waiting))]) + 1, now)
+
+def next_version(store: ModelStore) -> str:
+    "Name that the next new version gets today, if no other one is promoted or staged before."
+    return _next_name(store, _next_sequence(store, present_or_damaged(store)), store.clock())
 
 def _next_sequence(store: ModelStore, current: dict | None) -> int:
     "One more than the highest sequence number in production, history and archive."

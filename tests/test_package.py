@@ -5,7 +5,6 @@ import sys
 import sysconfig
 import zipfile
 from importlib.metadata import distribution
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
@@ -94,8 +93,6 @@ def training(wheel, tmp_path_factory):
     installed = Installed(tmp_path_factory.mktemp("training"), wheel)
     places = {sysconfig.get_paths()[kind] for kind in ("purelib", "platlib")}
     (installed.packages / "all_that_is_here.pth").write_text("\n".join(sorted(places)))
-    (installed.folder / "share").mkdir(exist_ok=True)
-    (installed.folder / "share/jupyter").symlink_to(Path(sysconfig.get_paths()["data"]) / "share/jupyter")   # nbconvert's templates
     return installed
 
 
@@ -103,7 +100,8 @@ def test_the_wheel_holds_the_configuration_and_the_notebooks_that_commands_execu
     inside = zipfile.ZipFile(wheel)
     names = {name.removeprefix("ml_ensemble/") for name in inside.namelist() if name.startswith("ml_ensemble/")}
     core = {f"defaults/core/{path.name}" for path in (ROOT / "config/core").iterdir()}
-    assert {name for name in names if not name.endswith(".py")} == core | {"py.typed", "pages/weekly_retrain.ipynb", "pages/monitor.ipynb"}
+    assert {name for name in names if not name.endswith(".py")} == core | {"py.typed", "pages/weekly_retrain.ipynb", "pages/monitor.ipynb",
+                                                                              "pages/report.css"}
     assert {name for name in names if name.endswith(".py")} == {path.name for path in (ROOT / "ml_ensemble").glob("*.py")}
     for name, source in (("defaults/core", "config/core"), ("pages", "nbs")):
         for path in (name_ for name_ in names if name_.startswith(name)):

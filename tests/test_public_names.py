@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A name that joins or leaves a module's public names changes this list, on purpose and in review.
 PUBLIC = {
     "alerts": "Alert send_alert",
-    "audit_report": "render_or_warn",
+    "audit_report": "ReportFile find_report render_or_warn report_html tidy_report",
     "backtest": "Backtest Performance backtest deflated_sharpe performance plot_equity",
     "base_learners": """
         Fitting MAX_PROBA class_shares encode fit_learner gain_shares make_learners predict_learner with_every_class
@@ -37,8 +37,8 @@ PUBLIC = {
     "cli": """
         app audit_command backup candles_command check cli_main diff_command export history keygen_command
         overdue_command pin_command predict promote_command prune_command publish_command pull_store_command
-        push_store_command restore_command retrain_command rollback run_command shadow_command show_command
-        sign_command unpin_command verify_command versions_command
+        push_store_command report_command restore_command retrain_command rollback run_command shadow_command
+        show_command sign_command unpin_command verify_command versions_command
     """,
     "compiled_trees": "SplitGraph compiled_loop split_graph",
     "config": """
@@ -52,10 +52,10 @@ PUBLIC = {
         FeatureError GapError HighLowError InfiniteValueError IntegrityError LFSPointerError MLEnsembleError
         MarkdownRepr MissingColumnError MissingExtraError MissingValueError ModelNotFoundError NegativeValueError
         NotATableError RetrainError SignatureError StaleDataError StaleStoreError StoreError TimestampError
-        TooShortError UnsafeModelError UnsortedError ValidationError canonical_json check_replaceable
-        check_store_url core_file explain_os_error find_project hide_credentials in_threads iso models_dir n_threads
-        page_file project_root read_regular readable_json requires_extra sha256_hex shorten sync_directory
-        usable_cpus utc_now version_id working_directory write_atomic
+        TooShortError UnsafeModelError UnsortedError ValidationError canonical_json check_replaceable check_store_url
+        core_file explain_os_error find_project format_number format_percent format_return hide_credentials
+        in_threads iso models_dir n_threads page_file project_root read_regular readable_json requires_extra
+        sha256_hex shorten sync_directory usable_cpus utc_now version_id working_directory write_atomic
     """,
     "custom_features": "CustomFeature Window WindowBuffer custom_columns custom_feature load_custom",
     "ensemble": "ProductionEnsemble canary_rows closed_bars load_file metadata_beside prediction_row restore_ensemble",
@@ -73,6 +73,7 @@ PUBLIC = {
         ATR FEATURE_NAMES Feature FeatureManager FeatureStream INDICATOR_VERSION INPUT_NAMES check_order_file
         input_names model_inputs_of scale_free scale_free_row
     """,
+    "first_page": "Page first_page provenance read_candidate what_would_change",
     "fleet": "judge_fleet",
     "forecast_comparison": "ScoreComparison bars_until_decided compare_scores plot_comparison",
     "indicators": """
@@ -84,6 +85,7 @@ PUBLIC = {
         plain_numbers predict_proba predict_row range_limits range_violation run_graph single_row time_ns training_range warmup_reason
     """,
     "labels": "METHODS average_uniqueness forward_return_labels make_labels next_returns triple_barrier_labels",
+    "last_version": "InputDrift LastVersion input_drift last_version newest_training_bar",
     "leakage_audit": """
         AuditFinding AuditReport FoldResult OneFold Pipeline Rows audit check_causality check_entry check_shuffled
         check_stream inputs_of join_rows project_pipeline view_bar_by_bar view_windows
@@ -104,7 +106,7 @@ PUBLIC = {
     "model_graph": "check_graph",
     "monitoring": "Diagnosis HealthCheck diagnose run_overdue",
     "onnx_export": "export_onnx load_with_custom to_full_onnx",
-    "plot_style": "BLUE GREY GRID INK ORANGE class_colour date_axis new_axes plot_recent style_axes",
+    "plot_style": "BLUE GREY GRID INK ORANGE ReportFigure class_colour date_axis new_axes plot_recent style_axes",
     "publishing": "ARTIFACT Publication PublishError plain_line publish",
     "quality_gate": "GateInput judge",
     "recipe": """
@@ -113,10 +115,10 @@ PUBLIC = {
     """,
     "remote_copies": "PullResult PushResult RemoteError pull_store push_store",
     "retrain_steps": """
-        Candidate LabelEconomics blend_table champion_recipe check_first_fold compare_with_production ensemble_gain
-        evaluate_blend evaluate_result fit_candidate gain_sentence importance label_balance label_economics
-        learner_evaluations learner_table market_label rarest_class reach_verdict reachable_skill run_audit
-        run_backtest run_money_bridge run_skill_sources stage trading_facts
+        Candidate LabelEconomics blend_table candidate_table champion_recipe check_first_fold compare_with_production
+        ensemble_gain evaluate_blend evaluate_result feature_table fit_candidate fold_table gain_sentence importance
+        label_balance label_economics learner_evaluations learner_table market_label rarest_class reach_verdict
+        reachable_skill run_audit run_backtest run_money_bridge run_skill_sources stage trading_facts
     """,
     "retraining": "IN_SHADOW NO_NEW_BARS REFUSED_BEFORE RetrainResult STAGED execute retrain",
     "run_settings": """
@@ -150,11 +152,11 @@ PUBLIC = {
     "verification": "probe_artefact verify_version",
     "versioning": """
         CHANGES MAX_MODEL_BYTES METADATA_FILE MODEL_FILE ModelStore adopt_version archived check_reason
-        check_version extend_history present_or_damaged production_changes put_back read_any read_archived
-        read_bytes read_exact read_history_file read_metadata read_pair read_shadow read_signed read_staged
-        remedy_for_damage verify_bytes write_store_file
+        check_version extend_history next_version present_or_damaged production_changes put_back read_any
+        read_archived read_bytes read_exact read_history_file read_metadata read_pair read_shadow read_signed
+        read_staged remedy_for_damage verify_bytes write_store_file
     """,
-    "versions": "VersionDiff diff_versions plot_versions version_table",
+    "versions": "VersionDiff diff_metadata diff_versions plot_versions version_table",
     "walk_forward": """
         Predictions TrainingSet WalkForwardResult check_class_labels check_probabilities is_complete make_training_set
         walk_forward weighted_mean

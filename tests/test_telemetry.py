@@ -118,7 +118,7 @@ import importlib, pkgutil
 import ml_ensemble
 for module in pkgutil.iter_modules(ml_ensemble.__path__):
     importlib.import_module("ml_ensemble." + module.name)
-import apprise, ccxt, nbconvert, onnxruntime, papermill
+import apprise, ccxt, mistune, onnxruntime, papermill
 """
 
 
