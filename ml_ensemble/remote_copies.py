@@ -23,9 +23,9 @@ from .core import (ChangedMeaningError, ConfigError, IntegrityError, MissingExtr
 from .signing import check_mark, check_signature
 from .store_records import (MAX_HISTORY_BYTES, MAX_METADATA_BYTES, VERSION, changed_meaning, check_chain,
                                        decision_settings, history_until, missing_lines, parse_history, parse_json, parse_metadata)
-from .versioning import (CHANGES, MAX_MODEL_BYTES, METADATA_FILE, MODEL_FILE, ModelStore, adopt_version, archived, check_reason,
-                                    extend_history, production_changes, put_back, read_archived, read_pair, verify_bytes,
-                                    write_store_file)
+from .versioning import (CHANGES, MAX_MODEL_BYTES, METADATA_FILE, MODEL_FILE, ModelStore, adopt_shadow,
+                                    adopt_version, archived, check_reason, extend_history, production_changes, put_back,
+                                    read_archived, read_pair, read_shadow, verify_bytes, write_store_file)
 
 # %% ../nbs/48_remote_copies.ipynb #48c00006
 class RemoteError(StoreError):
@@ -484,7 +484,9 @@ def push_store(store: ModelStore, url: str, *, verify: bool = False,
     there = _remote_state(remote, store, pulling=False)
     _check_push(store, here, there, remote.url)
     sent, present, damaged = _send_versions(store, remote, here, verify, progress)
-    changed = _send_records(store, remote, here, there)
+    more, fault = _send_shadow(store, remote, progress)
+    damaged += [fault] * bool(fault)
+    changed = _send_records(store, remote, here, there) or more
     return PushResult("pushed" if sent or changed else "up to date", remote.url, here.metadata["version"], here.sequence,
                       tuple(sent), tuple(present), tuple(damaged))
 
@@ -529,6 +531,33 @@ def _send_records(store: ModelStore, remote: _Remote, here: _State, there: _Stat
                                   "Run `ml-ensemble pull-store` first.")
         remote.replace(name, data, before)
     return bool(changes)
+
+# %% ../nbs/48_remote_copies.ipynb #d5fc7c3d
+_SHADOW = "shadow/current.json"
+
+def _shadow_names(version: str) -> tuple[str, str]:
+    "Names of the version in shadow at the remote: model, metadata."
+    return f"shadow/production_ensemble_{version}.pkl", f"shadow/production_model_metadata_{version}.json"
+
+def _send_shadow(store: ModelStore, remote: _Remote, progress) -> tuple[bool, str]:
+    "Send the version in shadow, or that there is none: whether anything was to be changed, and a fault."
+    try:
+        with store.locked():
+            found, version = read_shadow(store), store.shadow()
+            text = read_regular(store.root / _shadow_names(version)[1], MAX_METADATA_BYTES, store.root) if version else b""
+    except (StoreError, OSError) as error:
+        return False, f"the version in shadow was not sent: {error}"
+    known = remote.read(_SHADOW, MAX_METADATA_BYTES)
+    pointer = readable_json({"version": version}).encode()
+    if pointer == known or found is None and known is None:
+        return False, ""
+    if found is not None and version:
+        model_name, metadata_name = _shadow_names(version)
+        progress(f"{model_name} ({len(found[1]) / 1e6:.1f} MB)")
+        remote.create(model_name, found[1])
+        remote.create(metadata_name, text)
+    remote.replace(_SHADOW, pointer, known)
+    return True, ""
 
 # %% ../nbs/48_remote_copies.ipynb #48c00022
 @dataclass(frozen=True)
@@ -642,6 +671,8 @@ def pull_store(store: ModelStore, url: str, *, production_only: bool = False, ac
     damaged = not _intact(store, there.metadata["version"])
     fetched = _pull_production(store, remote, current, there, verify=verify, progress=progress)
     more, refused = ([], []) if production_only else _pull_archive(store, remote, there, progress)
+    shadow, fault = _pull_shadow(store, remote, there, progress)
+    more, refused = more + shadow, refused + [fault] * bool(fault)
     changed = current is None or current["sequence"] != there.sequence
     status = "pulled" if changed or fetched or more or damaged else "up to date"
     return PullResult(status, remote.url, there.metadata["version"], there.sequence,
@@ -725,6 +756,40 @@ def _own_history(store: ModelStore) -> bytes:
     with suppress(FileNotFoundError, NotADirectoryError):
         return read_regular(store.archive / "history.jsonl", MAX_HISTORY_BYTES, store.root)
     return b""
+
+# %% ../nbs/48_remote_copies.ipynb #029cb3d5
+def _pull_shadow(store: ModelStore, remote: _Remote, there: _State, progress) -> tuple[list[str], str]:
+    "Put what is in shadow at the remote into shadow here: the version if it was fetched, and the fault of a refused one."
+    pointer = remote.read(_SHADOW, MAX_METADATA_BYTES)
+    if pointer is None:
+        return [], ""
+    try:
+        named = parse_json(pointer)
+        version = named.get("version") if isinstance(named, dict) else ""
+        if version is not None and not (isinstance(version, str) and VERSION.fullmatch(version)):
+            raise IntegrityError(f"{_SHADOW} at {remote.url} names no version", _SUSPECT)
+        if version == store.shadow() and (version is None or read_shadow(store)):
+            return [], ""
+        text, model = _fetch_shadow(store, remote, version, there, progress) if version else (b"", b"")
+    except (StoreError, ValueError) as error:
+        return [], f"the version in shadow was refused: {error}"
+    with store.locked():
+        adopt_shadow(store, version, text, model)
+    return [version] if version else [], ""
+
+def _fetch_shadow(store: ModelStore, remote: _Remote, version: str, there: _State, progress) -> tuple[bytes, bytes]:
+    "Metadata as bytes, and verified model of the version in shadow at the remote."
+    model_name, metadata_name = _shadow_names(version)
+    text = remote.read(metadata_name, MAX_METADATA_BYTES)
+    metadata = parse_metadata(text or b"")
+    if store.public_key:
+        with _from_remote(remote.url, metadata_name):
+            check_signature(metadata, store.public_key, store.clock())
+    if metadata["version"] != version or metadata.get("store_id") != there.metadata.get("store_id"):
+        raise IntegrityError(f"{metadata_name} at {remote.url} is of another version, or of another store", _SUSPECT)
+    progress(model_name)
+    model = remote.read(model_name, min(metadata.get("size_bytes", MAX_MODEL_BYTES), MAX_MODEL_BYTES))
+    return text or b"", verify_bytes(model or b"", metadata, f"{model_name} at {remote.url}")
 
 # %% ../nbs/48_remote_copies.ipynb #48c00026
 def _pull_archive(store: ModelStore, remote: _Remote, there: _State, progress) -> tuple[list[str], list[str]]:

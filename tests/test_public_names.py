@@ -151,8 +151,8 @@ PUBLIC = {
     "verdict": "Criterion Verdict",
     "verification": "probe_artefact verify_version",
     "versioning": """
-        CHANGES MAX_MODEL_BYTES METADATA_FILE MODEL_FILE ModelStore adopt_version archived check_reason
-        check_version extend_history next_version present_or_damaged production_changes put_back read_any
+        CHANGES MAX_MODEL_BYTES METADATA_FILE MODEL_FILE ModelStore adopt_shadow adopt_version archived
+        check_reason check_version extend_history next_version present_or_damaged production_changes put_back read_any
         read_archived read_bytes read_exact read_history_file read_metadata read_pair read_shadow read_signed
         read_staged remedy_for_damage verify_bytes write_store_file
     """,

@@ -203,6 +203,17 @@ def test_staged_and_changed_files_of_the_user_stay_as_they_are_and_out_of_the_co
     assert git(here.folder, "status", "--porcelain").split("\n") == ["M code.py", "A  new.py"]     # stripped
 
 
+def test_a_version_that_enters_shadow_is_published_without_a_promotion_and_removed_when_it_leaves(here, remote):
+    publish(here.store)
+    version = here.store.start_shadow(here.store.stage(b"model 2", GATE))["version"]
+    assert publish(here.store).tags == ()
+    sent = [f"models/shadow/production_ensemble_{version}.pkl", f"models/shadow/production_model_metadata_{version}.json"]
+    assert git(remote, "ls-tree", "-r", "--name-only", "main", "models/shadow").split() == sent
+    here.store.end_shadow("not better")
+    publish(here.store)
+    assert git(remote, "ls-tree", "-r", "--name-only", "main", "models/shadow") == ""
+
+
 def test_locks_candidates_temporary_files_and_readmes_are_not_published(here, remote):
     for name in (".staging/promotion/x.pkl", "archive/.x.tmp", "archive/y.tmp", "production/README.md", "scratch/big.json", ".lock"):
         path = here.store.root / name

@@ -22,6 +22,7 @@ from ml_ensemble.core import ConfigError, IntegrityError, LFSPointerError, Signa
 from ml_ensemble.ensemble import restore_ensemble
 from ml_ensemble.forecast_comparison import bars_until_decided, compare_scores
 from ml_ensemble.recipe import new_learners, training_set
+from ml_ensemble.remote_copies import pull_store, push_store
 from ml_ensemble.retraining import IN_SHADOW, NO_NEW_BARS, retrain
 from ml_ensemble.sandbox import simulate_market
 from ml_ensemble.shadow import judge_pairs, pair_predictions, promote_from_shadow, shadow_verdict
@@ -224,6 +225,21 @@ def test_another_version_in_shadow_is_noticed_and_the_stream_goes_on_without_a_w
     assert sum(row.probabilities is not None for row in shadow.values()) >= 4, next(iter(shadow.values()))
 
 
+def test_after_a_gap_in_what_the_shadow_saw_it_abstains_during_a_warm_up_and_then_goes_on(store, bars, tmp_path, monkeypatch):
+    in_shadow(store)
+    logged = ProductionEnsemble(store=store, shadow_log=tmp_path / "log.jsonl").warm_up(bars[:100])
+    logged.shadow_status(10)
+    with monkeypatch.context() as patch:
+        patch.setattr(ShadowLog, "submit", lambda log, job: None)          # dropped
+        decisions(logged, bars[100:102])
+    with pytest.warns(RuntimeWarning, match="starts anew"):
+        decisions(logged, bars[102:])
+        logged.shadow_status(10)
+    shadow = [row for row in read_shadow_log(tmp_path / "log.jsonl")[0] if row.stage == "shadow"]
+    assert [bool(row.probabilities) for row in shadow] == [False] * 49 + [True] * 48
+    assert shadow[0].reason.startswith("warm-up")
+
+
 @pytest.mark.parametrize("fault", ["damaged", "pointer", "pickle", "folder", "no folder", "full"])
 def test_no_fault_of_shadow_or_disk_changes_or_delays_a_decision(store, bars, tmp_path, fault):
     version, path = in_shadow(store), tmp_path / "log.jsonl"
@@ -324,6 +340,30 @@ def test_a_version_enters_shadow_is_replaced_promoted_and_never_pruned(store):
     kinds = [(event["kind"], event.get("version")) for event in store.history() if event["kind"].startswith("shadow")]
     assert kinds == [("shadow_start", first), ("shadow_start", second), ("shadow_end", first), ("shadow_end", second)]
     assert (store.shadow(), store.verify(), store.current()["version"]) == (None, [], second)
+
+
+def test_a_copy_of_the_store_has_the_same_version_in_shadow_and_refuses_a_damaged_one(store, tmp_path):
+    bot, url = ModelStore(tmp_path / "bot"), f"file:{tmp_path}/copy"
+    push_store(store, url)
+    pull_store(bot, url)
+    assert bot.shadow() is None
+    for _ in range(2):                                             # and its successor
+        version = in_shadow(store)
+        assert (push_store(store, url).status, push_store(store, url).status) == ("pushed", "up to date")
+        assert pull_store(bot, url, production_only=True).fetched == (version,) and pull_store(bot, url).status == "up to date"
+        assert (bot.shadow(), bot.verify(), len(list((bot.root / "shadow").iterdir()))) == (version, [], 2)
+    third = in_shadow(store)
+    push_store(store, url)
+    sent = tmp_path / f"copy/shadow/production_ensemble_{third}.pkl"
+    sent.write_bytes(sent.read_bytes()[:-1] + b"x")
+    assert "refused" in pull_store(bot, url).refused[0] and bot.shadow() == version
+    for pointer in (b"{", b"[]", b'{"version": "../x"}', b'{"version": 5}'):
+        (tmp_path / "copy/shadow/current.json").write_bytes(pointer)
+        assert "refused" in pull_store(bot, url).refused[0] and bot.shadow() == version
+    store.promote_shadow(third)
+    push_store(store, url)
+    pull_store(bot, url)
+    assert (bot.shadow(), bot.current()["version"], bot.verify()) == (None, third, [])
 
 
 # ---- the decision
