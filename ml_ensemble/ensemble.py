@@ -18,7 +18,7 @@ from typing import Self
 import numpy as np
 
 from .candles import OHLCV, bar_interval, bar_times, ohlcv_columns
-from .core import ChangedMeaningError, ConfigError, DataError, ModelNotFoundError, StoreError, ValidationError, iso, read_regular, utc_now
+from .core import ChangedMeaningError, ConfigError, GapError, ModelNotFoundError, StoreError, ValidationError, iso, read_regular, utc_now
 from .feature_manager import FeatureManager
 from .inference import EPOCH, LoadedModel, ForkLock, decide_rows, open_payload, plain_numbers, predict_proba, time_ns
 from .live import (CLASS_NAMES, Decision, LiveStream, ServingState, bar_interval_ns, check_bars, decide_bar,
@@ -662,6 +662,8 @@ def _follow_production(ensemble: ProductionEnsemble, features: FeatureManager | 
             if not accept_change:
                 _check_meaning(live.loaded, loaded)
             unchanged = (new.fingerprint, new.calendar) == (old.fingerprint, old.calendar)
+            if ensemble._shadow is not None and features is not None:
+                ensemble._shadow.features, ensemble._shadow.seen = features, ()
             ensemble._state = ServingState(loaded, live.feed if unchanged else LiveStream(new, bar_interval_ns(loaded)))
         ensemble._seen_stat = stat
     return not same
@@ -725,7 +727,7 @@ class _Shadow:
                 rows.append(prediction_row(loaded, moment, found, "shadow", sequence, self.log.now()))
             else:
                 self.feed.step(plain_numbers(bar), time_ns(time))
-        except DataError as error:                       # a gap after dropped bars: warm up anew
+        except GapError as error:                        # bars were dropped: warm up anew
             self.feed = LiveStream(self.feed.manager, self.feed.expected_interval)
             self.log.note_fault(f"the stream of the version in shadow starts anew: {error.problem}")
         except Exception as error:

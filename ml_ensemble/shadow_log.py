@@ -248,6 +248,7 @@ class ShadowLog:
 
     Examples
     --------
+    >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     log = ShadowLog(f"{folder}/shadow.jsonl")
     ...     log.write(PredictionRow("bitbank", "2025-09-01T00:00:00Z", "20250901-0001", 1, "shadow", (0.4, 0.6), "buy"))

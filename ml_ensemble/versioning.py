@@ -6,7 +6,7 @@
 __all__ = ['MODEL_FILE', 'METADATA_FILE', 'MAX_MODEL_BYTES', 'CHANGES', 'check_version', 'verify_bytes', 'read_metadata',
            'read_bytes', 'ModelStore', 'archived', 'read_archived', 'read_signed', 'read_pair', 'present_or_damaged',
            'read_exact', 'production_changes', 'next_version', 'adopt_version', 'write_store_file', 'check_reason',
-           'read_staged', 'read_shadow', 'read_any', 'extend_history', 'read_history_file', 'put_back',
+           'read_staged', 'read_shadow', 'read_any', 'adopt_shadow', 'extend_history', 'read_history_file', 'put_back',
            'remedy_for_damage']
 
 # %% ../nbs/12_versioning.ipynb #e82b5469
@@ -1448,7 +1448,7 @@ def _promote_staged_version(store: ModelStore, version: str, verify) -> dict:
         path.unlink(missing_ok=True)
     return promoted
 
-# %% ../nbs/12_versioning.ipynb #4bd50c89
+# %% ../nbs/12_versioning.ipynb #392bb71c
 def _start_shadow(store: ModelStore, version: str, verify) -> dict:
     "The steps into shadow; the caller holds the lock."
     _prepare(store, None)
@@ -1474,6 +1474,17 @@ def _remove_shadow(store: ModelStore, reason: str, kept: str | None = None) -> N
             for path in reversed(_staged_paths(store, version, "shadow")):
                 path.unlink(missing_ok=True)
             store.record("shadow_end", version=version, reason=reason)
+
+def adopt_shadow(store: ModelStore, version: str | None, text: bytes = b"", model: bytes = b"") -> None:
+    "Put verified files of a copy of the store into shadow, or nothing; the history of the copy records it. The caller holds the lock."
+    _check_inside(store, store.root / "shadow")
+    if version is not None:
+        for path, data in zip(_staged_paths(store, version, "shadow"), (model, text)):
+            write_store_file(store, path, data)
+    for other in _version_names(store.root / "shadow"):
+        if other != version:
+            for path in reversed(_staged_paths(store, other, "shadow")):
+                path.unlink(missing_ok=True)
 
 def _end_shadow(store: ModelStore, reason: str) -> str | None:
     "The steps out of shadow; the caller holds the lock."
