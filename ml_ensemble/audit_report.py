@@ -23,7 +23,7 @@ from ml_ensemble.core import (
     IntegrityError, MissingExtraError, ModelNotFoundError, StoreError, find_project, page_file, read_regular, requires_extra, sha256_hex,
     working_directory, write_atomic,
 )
-from .versioning import ModelStore, read_staged
+from .versioning import ModelStore, read_any
 
 # %% ../nbs/53_audit_report.ipynb #53f10003
 _PATH = re.compile(r"(?<![\w./~…<\\-])/(?:[\w.@+~%-]+/)+[\w.@+~%-]*")
@@ -421,7 +421,7 @@ def find_report(store: ModelStore, version: str | None = None, newest: bool = Fa
     ----------
     store : ModelStore
     version : str, optional
-        An archived or staged version; by default the one in production.
+        A version that is archived, staged or in shadow; by default the one in production.
     newest : bool, default False
         The report of the newest run instead, whatever its outcome; it is not checked.
 
@@ -443,7 +443,7 @@ def find_report(store: ModelStore, version: str | None = None, newest: bool = Fa
         if not pages:
             raise ModelNotFoundError("there is no report in models/reports/", "Run `ml-ensemble retrain` to make one.")
         return ReportFile(None, pages[-1], pages[-1].with_suffix(".ipynb"), False)
-    facts = read_staged(store, version)[0] if version in store.staged() else store.read(version)[0]
+    facts = read_any(store, version)[0] if version else store.read()[0]
     recorded, name = facts.get("report") or {}, facts["version"]
     if not isinstance(recorded.get("path"), str):
         raise StoreError(f"the metadata of version {name} record no report", "Use `ml-ensemble report --last` for the newest run.")

@@ -267,6 +267,11 @@ def _known_limits(facts: dict) -> str:
         f"It abstains outside {config['production']['range_margin']:g} times the range of its training inputs, and when it is too old.",
         facts["label_economics"]["warning"], *(f"Data: {note}" for note in data["notes"][:5])])
 
+_DEPLOYMENTS = {
+    "direct": "goes into production at the end of the run (`production.deployment: direct`).",
+    "shadow": "predicts beside production first (`production.deployment: shadow`); `ml-ensemble promote --from shadow` decides on what "
+              "was logged."}
+
 def _who_decides(facts: dict, verdict: Verdict, current: str | None, before: str | None) -> str:
     "Owner, how to overrule, how to go back."
     owner = facts["configuration"]["production"].get("owner") or "not named (`production.owner` in `config/core/thresholds.yaml`)"
@@ -280,6 +285,7 @@ def _who_decides(facts: dict, verdict: Verdict, current: str | None, before: str
         "**The verdict** is computed from the limits in `config/core/thresholds.yaml`; a change of that file is a commit with a name.",
         "**Overrule a refusal:** `ml-ensemble retrain --set gate.LIMIT=VALUE` changes a limit for one run, and this page names it "
         "on top; a change of labels or features needs `--accept-change`, another market `--replace-market NAME`.",
+        "**A version that passes** " + _DEPLOYMENTS[facts["configuration"]["production"].get("deployment", "direct")],
         "**Overrule a pass:** `ml-ensemble retrain --no-promote` only stages a version, and `ml-ensemble promote VERSION` releases it.",
         f"**Go back:** {back}. Whoever may write to the model store can do so, and the history records time and reason. "
         "`ml-ensemble versions` lists the versions."])
