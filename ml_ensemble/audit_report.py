@@ -104,7 +104,8 @@ def tidy_report(notebook: Any, folders: list[str]) -> Any:
             cell.metadata["jupyter"] = {"source_hidden": True}
     page = _failed_page(cells)
     if page:
-        from nbformat.v4 import new_markdown_cell
+        with requires_extra():
+            from nbformat.v4 import new_markdown_cell
         cells = [new_markdown_cell(page, metadata={"tags": [_FIRST]}), *(cell for cell in cells if _FIRST not in _tags(cell))]
     notebook.cells = sorted(cells, key=lambda cell: _FIRST not in _tags(cell))
     notebook.metadata.pop("papermill", None)
