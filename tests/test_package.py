@@ -17,9 +17,10 @@ from scratch import PYTHON, ROOT, clean_environment, copy_repository, run
 
 EXTRA = 'pip install "ml_ensemble[train]"'
 # Modules that import with numpy and onnxruntime alone.
-PRODUCTION = {"alerts", "audit_report", "candles", "compiled_trees", "core", "custom_features", "ensemble", "entry_point", "feature_manager",
-              "indicators", "inference", "learner_parameters", "live", "metrics", "model_file", "model_graph", "store_records",
-              "verdict", "versioning", "shadow_log", "signing", "verification", "remote_copies"}
+PRODUCTION = {"alerts", "audit_report", "candles", "compiled_trees", "core", "custom_features", "ensemble", "entry_point",
+              "feature_manager", "indicators", "inference", "learner_parameters", "live", "metrics", "model_file",
+              "model_graph", "remote_copies", "shadow_log", "signing", "store_records", "verdict", "verification",
+              "versioning"}
 SMALL = {f"ML_ENSEMBLE_{name}": value for name, value in {
     "DATA__DAYS": "100", "VALIDATION__N_SPLITS": "2", "EVALUATION__REPLICATIONS": "100", "AUDIT__CUTS": "1",
     **{f"LEARNERS__{name}__N_ESTIMATORS": "10" for name in ("LIGHTGBM", "XGBOOST", "RANDOM_FOREST")},
