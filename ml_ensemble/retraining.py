@@ -88,7 +88,7 @@ def execute(notebook: Path, report: Path, parameters: dict, verbose: bool, show_
         execute_notebook(str(notebook), str(report), parameters, progress_bar=bar, log_output=verbose,
                          cwd=str(find_project() or working_directory()), extra_arguments=["--log-level=CRITICAL"],
                          kernel_manager_class=_own_kernel_manager(),
-                         request_save_on_cell_execute=False)   # at the begin, every 30 seconds, and at the end or a failure
+                         request_save_on_cell_execute=False)   # at the end or a failure: each write of a megabyte takes time
     except PapermillExecutionError as error:
         raise RetrainError(f"cell {error.exec_count} of {notebook.name} failed: {error.ename}: {error.evalue}",
                            f"See the report up to that cell: {report.with_suffix('.html')}") from error

@@ -239,8 +239,8 @@ class _Fits:
 
     def newest(self) -> dict:
         "The learners of the newest fold; those whose predictions were read are fitted now."
-        missing = [name for name in self.unfitted if name not in self.of_newest_fold]
-        return self.of_newest_fold | {name: self.fit(len(self.splits) - 1, name) for name in missing}
+        last, fitted = len(self.splits) - 1, self.of_newest_fold
+        return {name: fitted[name] if name in fitted else self.fit(last, name) for name in self.unfitted}
 
 # %% ../nbs/34_walk_forward.ipynb #ea605194
 def walk_forward(

@@ -607,4 +607,5 @@ def test_the_weekly_workflow_fetches_the_model_in_production_alone_and_publishes
     checkout = next(step["with"] for step in job["steps"] if step.get("uses", "").startswith("actions/checkout"))
     assert checkout["lfs"] is False and checkout["fetch-depth"] == 0
     steps = "\n".join(step.get("run", "") for step in job["steps"])
-    assert 'git lfs pull --include "models/production/*"' in steps and "ml-ensemble publish" in steps and "git push" not in steps
+    assert "make fetch-production" in steps and "ml-ensemble publish" in steps and "git push" not in steps
+    assert 'git lfs pull --include "models/production/*"' in (ROOT / "Makefile").read_text()

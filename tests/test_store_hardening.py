@@ -385,4 +385,4 @@ def test_a_retrain_killed_half_way_leaves_production_and_the_next_one_succeeds(t
     code, _ = retrain_faults.retrain(models, 4.0)
     assert code == -signal.SIGKILL and retrain_faults.judge(models, versions) == []
     retrain("sandbox", overrides=TINY, store=before, force=True, show_progress=False)           # promoted or refused, but no error
-    assert retrain_faults.judge_next(models, 0, "", 0) == []
+    assert retrain_faults.judge_next(models, 0, "", 0, before.current()["metrics"]) == []

@@ -21,7 +21,7 @@ from test_retrain_weeks import REDIRECT, WEEK
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
-SECRET = "t0p-s3cr3t-t0ken"
+SECRET = "-".join(("t0p", "s3cr3t", "t0ken"))      # not as a word: the remote holds this file as well
 SETTINGS = (*TINY, "n_splits=2", "replications=100", "audit.cuts=1", "labels.threshold=0.001", "champion_margin=1", "champion_min_rows=30",
             "allow_simulated=false", "champion_recipe_margin=1", f"data.source=ccxt:{PLACES['bitbank']}", "min_free_disk_mb=1",
             "max_age_days=2000")                      # the exchange lives in 2024
