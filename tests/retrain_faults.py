@@ -25,7 +25,7 @@ COMMAND = (Path(sys.executable).with_name("ml-ensemble"), "retrain", "--source",
            *(word for setting in TINY for word in ("--set", setting)))
 # What a store consists of, README.md, "Files".
 KNOWN = (r"production/production_(ensemble\.pkl|model_metadata\.json)|archive/production_(ensemble|model_metadata)_\d{8}-\d{4}\.(pkl|json)|"
-         r"archive/(history\.jsonl|pinned\.json)|training/.*|reports/[^/]*\.(ipynb|html)|"
+         r"archive/(history\.jsonl|pinned\.json)|training/.*|reports/[^/]*\.(ipynb|html|json)|"
          r"production_backup_[0-9TZ-]+/production_(ensemble\.pkl|model_metadata\.json)|\.lock|\.lock_holder")
 
 
