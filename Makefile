@@ -52,8 +52,8 @@ fetch-production: ## Fetch the model in production from Git LFS, and no other ve
 retrain-branch: ## Make a branch for what a retrain publishes, on the remote as well
 	@branch="retrain/$$(date -u +%Y-%m-%dT%H%M%S)"; git switch --quiet --create "$$branch"; git push --quiet --set-upstream origin "$$branch"
 
-pull-request: ## Open a pull request for that branch (GitHub's gh, and GH_TOKEN)
-	@gh pr create --fill --base "$$(git rev-parse --abbrev-ref origin/HEAD | cut -d/ -f2-)"
+pull-request: ## Open a pull request for that branch to the default one (GitHub's gh, and GH_TOKEN)
+	@gh pr create --fill
 
 export-check: .venv/.installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/check_export.py

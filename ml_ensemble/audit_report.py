@@ -11,6 +11,7 @@ import re
 import sys
 import tempfile
 from base64 import b64decode
+from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 from html.parser import HTMLParser
@@ -20,10 +21,10 @@ from typing import Any
 from warnings import warn
 
 from ml_ensemble.core import (
-    IntegrityError, MissingExtraError, ModelNotFoundError, StoreError, find_project, page_file, read_regular, requires_extra, sha256_hex,
-    working_directory, write_atomic,
+    IntegrityError, MissingExtraError, MLEnsembleError, ModelNotFoundError, StoreError, find_project, page_file, read_regular,
+    requires_extra, sha256_hex, working_directory, write_atomic,
 )
-from .versioning import ModelStore, read_any
+from .versioning import ModelStore, present_or_damaged, read_any
 
 # %% ../nbs/53_audit_report.ipynb #53f10003
 _PATH = re.compile(r"(?<![\w./~…<\\-])/(?:[\w.@+~%-]+/)+[\w.@+~%-]*")
@@ -82,6 +83,25 @@ def _failed_page(cells: list) -> str:
     return ("# Audit report: this run did not finish\n\n**✗ Not finished.** The run was stopped before its verdict. There is no candidate, "
             "and production was not changed by this run.")
 
+# %% ../nbs/53_audit_report.ipynb #3c0d1673
+def _facts_of_run(papermill: Mapping) -> str:
+    "What the reader of a failed run has to know, from the parameters of the run: owner, market, version in production, way back."
+    with requires_extra():
+        from ml_ensemble.config import load_settings
+    given = papermill.get("parameters", {})
+    try:
+        settings, store = load_settings(given.get("overrides", [])), ModelStore(given.get("models") or None)
+        current = (present_or_damaged(store) or {}).get("version")
+        before = store.previous() if current else None
+    except (ImportError, OSError, MLEnsembleError):
+        return ""
+    back = f"; `ml-ensemble rollback --reason \"...\"` goes back to {before}" if before else ""
+    rows = (("Answers for the model", settings.production.owner or "not named (`production.owner`)"),
+            ("Market", settings.data.market or settings.data.source),
+            ("Started", str(papermill.get("start_time", ""))[:16].replace("T", " ")),
+            ("In production", f"version {current}{back}" if current else "nothing yet"))
+    return "\n\n" + "\n".join(f"- **{name}:** {text}" for name, text in rows if text)
+
 def tidy_report(notebook: Any, folders: list[str]) -> Any:
     """An executed notebook for readers.
 
@@ -102,8 +122,9 @@ def tidy_report(notebook: Any, folders: list[str]) -> Any:
         cell.metadata.pop("papermill", None)
         if cell.cell_type == "code":
             cell.metadata["jupyter"] = {"source_hidden": True}
-    page = _failed_page(cells)
+    page, run = _failed_page(cells), notebook.metadata.get("papermill", {})
     if page:
+        page += _facts_of_run(run) if run else ""
         with requires_extra():
             from nbformat.v4 import new_markdown_cell
         cells = [new_markdown_cell(page, metadata={"tags": [_FIRST]}), *(cell for cell in cells if _FIRST not in _tags(cell))]

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +94,11 @@ def _changed_limits(facts: dict) -> str:
                for part, name in names if name in used[part] and used[part][name] != core[part][name]]
     return f"**Limits were changed for this run:** {'; '.join(changed)}." if changed else ""
 
+# %% ../nbs/59_first_page.ipynb #08a6ed55
+def _aware(moment: datetime) -> datetime:
+    "The moment; one without a time zone is UTC."
+    return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+
 def _may_be_traded(facts: dict, verdict: Verdict, current: str | None) -> str:
     "Whether the candidate may be traded, in words."
     if facts["data"]["simulated"]:
@@ -103,6 +108,14 @@ def _may_be_traded(facts: dict, verdict: Verdict, current: str | None) -> str:
     if facts["backtest"].get("caution"):
         return ("**May it be traded? Not before the result is explained.** The criteria are met, but the backtest is implausibly good "
                 "(*Money at risk*).")
+    newest, trained = (datetime.fromisoformat(text) for text in (facts["data"]["to"], facts["created_at"]))
+    limit = facts["configuration"]["production"]["max_age_days"]
+    if (age := (_aware(trained) - _aware(newest)) / timedelta(days=1)) > limit:
+        return (f"**May it be traded? No.** Its newest bar was {age:,.0f} days old when it was trained, the limit is {limit:g}: "
+                "it abstains on every bar of today.")
+    if _changed_limits(facts):
+        return ("**May it be traded? Only if whoever answers for it accepts the changed limits** that are named above: with those of "
+                "the configuration the verdict can be another.")
     return ("**May it be traded? Yes, within the limits below**, once it is in production and `ml-ensemble check` ends with "
             "*Fit to trade*.")
 
@@ -279,7 +292,7 @@ def _who_decides(facts: dict, verdict: Verdict, current: str | None, before: str
     back = (f"`ml-ensemble rollback --reason \"...\"` puts version {to} back into production" if to else
             "there is no earlier version; stop the trading process")
     if not verdict.passed:
-        back = "this candidate changes nothing" + (f". From version {current}, {back}" if current else "")
+        back = "this candidate changes nothing, so there is nothing to undo" + (f". From version {current}, {back}" if current else "")
     return _bullets([
         f"**Answers for the model:** {owner}.",
         "**The verdict** is computed from the limits in `config/core/thresholds.yaml`; a change of that file is a commit with a name.",
@@ -287,7 +300,7 @@ def _who_decides(facts: dict, verdict: Verdict, current: str | None, before: str
         "on top; a change of labels or features needs `--accept-change`, another market `--replace-market NAME`.",
         "**A version that passes** " + _DEPLOYMENTS[facts["configuration"]["production"].get("deployment", "direct")],
         "**Overrule a pass:** `ml-ensemble retrain --no-promote` only stages a version, and `ml-ensemble promote VERSION` releases it.",
-        f"**Go back:** {back}. Whoever may write to the model store can do so, and the history records time and reason. "
+        f"**Go back:** {back}. Whoever may write to the model store may run the command; the history records time and reason. "
         "`ml-ensemble versions` lists the versions."])
 
 # %% ../nbs/59_first_page.ipynb #b1600018
@@ -300,7 +313,7 @@ def _reviews(facts: dict, result: Backtest, last: LastVersion | None, drift: Inp
         (contradicted, "what happened contradicts what the last version said"), (moved, "the inputs have moved"),
         (bool(result.warning), "the backtest is implausibly good"),
         (bool(facts["label_economics"]["warning"]), "a correct buy can lose money"),
-        (not facts["leakage_audit"]["clean"], "the leakage audit has findings"),
+        (not facts["gate"]["passed"], "this retrain was refused"), (not facts["leakage_audit"]["clean"], "the leakage audit has findings"),
         (bool(facts["git"].get("dirty")), "the code has changes that are not committed")) if holds]
     return _bullets([
         "`ml-ensemble check` reports *Not fit to trade*, or an alert says that a retrain was refused, failed or found no new bars.",
@@ -361,7 +374,8 @@ def first_page(facts: dict, store: ModelStore, *, result: Backtest, last: LastVe
         _verdict_line(verdict, version, current), _changed_limits(facts), verdict.summary, _may_be_traded(facts, verdict, current),
         close, _identity_line(facts, version)]))
     happened = f"{last}\n\n{drift.sentence()}." if last else "There is no version before this one."
-    return Page(f"Audit report: {facts['data']['market']}, candidate `{version}`", lead, {
+    name = f"candidate `{version}`" if verdict.passed else f"refused candidate of {facts['created_at'][:16].replace('T', ' ')}"
+    return Page(f"Audit report: {facts['data']['market']}, {name}", lead, {
         "What it is for": _use(facts, result), "Money at risk": _money_at_risk(result, facts),
         "What changed since the last version": _what_changed(facts, before, version),
         "What the last version said and what happened": happened,

@@ -40,6 +40,7 @@ class GateInput:
     accepted: bool = False     # whether these changes were requested
     request: str = "--accept-change"   # command-line options that request them
     simulated: bool = False    # whether it was trained on simulated candles, and this is not allowed
+    practice: bool = False     # whether it was, and this is allowed
     more: str = "--days"       # how to get more bars
     threshold_remedy: str = "" # a setting that was tried and raises a low F1
 
@@ -150,7 +151,8 @@ def _champion_criteria(measured: GateInput, limits: GateSettings) -> list[Criter
     versions, recipes = measured.versions, measured.recipes
     return [Criterion("trained on a real market", float(not measured.simulated), ">=", 1,
                       "The candles are simulated, and a version trained on them is never fit to trade. Use --source file:PATH or "
-                      "ccxt:EXCHANGE:SYMBOL:TIMEFRAME, or --set production.allow_simulated=true to practise."),
+                      "ccxt:EXCHANGE:SYMBOL:TIMEFRAME, or --set production.allow_simulated=true to practise.",
+                      note="simulated, which was allowed for practice" if measured.practice else "", applicable=not measured.practice),
             Criterion("unrequested changes of labels, features or market", 0 if measured.accepted else len(measured.changed), "<=", 0,
                       f"Decisions would not be comparable with those in production: {'; '.join(measured.changed)}. "
                       f"If this is intended, use {measured.request}.",

@@ -435,11 +435,13 @@ def reach_verdict(settings: Settings, market: Market, *, data: TrainingSet, walk
     problems = [f"{finding.check}: {finding.culprit}" for finding in leakage.problems]
     label = market_label(settings, market, present_or_damaged(store))
     accepted, request = _accepts(changed, accept_change, replace_market, label)
+    simulated = _is_simulated(market, label)
     return judge(GateInput(
         evaluation=evaluation, sources=sources, money=run_backtest(settings, walk, blended), samples=len(data),
         rarest=rarest_class(data, walk), versions=versions, recipes=recipes, artefact=candidate.artefact,
         problems=problems, changed=changed, accepted=accepted, request=request,
-        simulated=_is_simulated(market, label) and not settings.production.allow_simulated, more=_how_to_get_more(settings),
+        simulated=simulated and not settings.production.allow_simulated,
+        practice=simulated and settings.production.allow_simulated, more=_how_to_get_more(settings),
         threshold_remedy=_threshold_remedy(settings, walk, evaluation)), settings.gate)
 
 # %% ../nbs/52_retrain_steps.ipynb #14693be3

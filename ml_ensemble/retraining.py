@@ -462,7 +462,7 @@ def _production_state(store: ModelStore) -> str:
 # %% ../nbs/54_retraining.ipynb #61314d82
 def _report_failure(store: ModelStore, error: BaseException) -> None:
     "Record a failed or interrupted run and send an alert; a wrong setting or installation is not recorded: no run was started."
-    reason = str(error) or "interrupted"
+    reason = (str(error) or "interrupted").replace(str(store.root), store.root.name)          # the history is published
     try:
         if not isinstance(error, (ConfigError, MissingExtraError)):
             store.record("failure", reason=shorten(reason, 500))
@@ -470,9 +470,9 @@ def _report_failure(store: ModelStore, error: BaseException) -> None:
         warn(f"the failure could not be recorded ({second})", RuntimeWarning, stacklevel=2)
     event = "stale data" if isinstance(error, StaleDataError) else "failure"
     state, remedy = _production_state(store), getattr(error, "remedy", "")
-    happened = getattr(error, "problem", reason)
-    Alert(event=event, happened=happened, figures=[] if state in reason else [state],
-          action=remedy or "Run `ml-ensemble retrain` again.").send()
+    happened, action = (text.replace(str(store.root), store.root.name) for text in (
+        getattr(error, "problem", reason), remedy or "Run `ml-ensemble retrain` again."))
+    Alert(event=event, happened=happened, figures=[] if state in reason else [state], action=action).send()
 
 def _unchanged_alert(outcome: RetrainResult, store: ModelStore) -> Alert:
     "The alert for a run without new bars."

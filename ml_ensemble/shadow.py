@@ -283,6 +283,16 @@ def _replayed(loaded: LoadedModel, candles: pd.DataFrame, start: int, stage: str
     return rows
 
 # %% ../nbs/57_shadow.ipynb #a76f9ce3
+def _logged_rows(path: str | Path, replay: bool) -> list[PredictionRow]:
+    "Rows of the log; an error for a file that is none, and, without a replay, for one that does not exist."
+    rows, faults = read_shadow_log(path)
+    if faults and not rows:
+        raise StoreError(f"{path} is not a log of predictions: {faults:,} lines, and none is a prediction",
+                         "Name the file that the bot writes (shadow_log=...).")
+    if not replay and not Path(path).exists():
+        raise StoreError(f"there is no log {path}", "Name the file that the bot writes (shadow_log=...), or pass --replay.")
+    return rows
+
 def shadow_verdict(store: ModelStore | None = None, settings: Settings | None = None, *, log: str | Path | None = None,
                    replay: bool = False, append: bool = False, candles: pd.DataFrame | None = None) -> ShadowVerdict:
     """Compare the version in shadow with the one in production.
@@ -323,7 +333,7 @@ def shadow_verdict(store: ModelStore | None = None, settings: Settings | None = 
         raise StoreError("no log of predictions is named", "Pass --log FILE, the file of ProductionEnsemble(shadow_log=...), set "
                          "shadow.log, or pass --replay.")
     candles = get_market(settings).candles if candles is None else candles
-    rows = read_shadow_log(path)[0] if path else []
+    rows = _logged_rows(path, replay) if path else []
     if replay:
         known = {row.key for row in rows}
         added = [row for row in replay_rows(store, candles, feature_manager(settings)) if row.key not in known]

@@ -219,7 +219,7 @@ def test_on_a_protected_branch_the_job_publishes_on_its_own_branch_and_asks_for_
         return done.stdout.strip()
     command("make", "retrain-branch")
     command(".venv/bin/ml-ensemble", "publish")
-    assert command("make", "pull-request") == "pr create --fill --base main"
+    assert command("make", "pull-request") == "pr create --fill"
     (branch,) = re.findall(r"retrain/\S+", git(actions.remote, "branch"))
     assert "skill is 0" in git(actions.remote, "show", f"{branch}:models/archive/history.jsonl")
     assert git(actions.remote, "log", "--format=%s", "main").strip() == "The project"
@@ -247,7 +247,7 @@ def test_the_documented_cron_line_runs_as_cron_would(documented, tmp_path):
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv/bin").symlink_to(Path(sys.executable).parent)
     (tmp_path / "models").mkdir()
-    for line, said in ((first.replace(" retrain ", " retrain --dry-run "), "not in a git repository"), (second, "no retrain is recorded")):
+    for line, said in ((first.replace("retrain;", "retrain --dry-run;"), "not in a git repository"), (second, "no retrain is recorded")):
         command = line.split("  ", 1)[1].replace("/srv/bot", str(tmp_path))
         subprocess.run(["/bin/sh", "-c", command], env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "SHELL": "/bin/sh",
                                                         "ML_ENSEMBLE_MODELS": str(tmp_path / "models")}, timeout=120)
