@@ -268,6 +268,10 @@ def test_a_run_that_fails_half_way_leaves_a_report_an_alert_and_production_untou
     assert "GapError" in report.with_suffix(".html").read_text()
     assert store.current() is None and not list((store.root / ".staging").iterdir())
     assert store.history()[-1]["kind"] == "failure" and "GapError" in inbox[0]["message"]
+    assert "models/reports/" in store.history()[-1]["reason"] and str(tmp_path / "models") not in json.dumps(store.history())
+    text = re.sub("<[^>]+>", "", report.with_suffix(".html").read_text())
+    for fact in ("Answers for the model:", "Market:", "Started:", "In production: nothing yet"):
+        assert fact in text
 
 
 def test_a_damaged_champion_does_not_stop_a_retrain(trained_copy, in_this_process):

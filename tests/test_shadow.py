@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from ml_ensemble import ProductionEnsemble
 from ml_ensemble.cli import app
 from ml_ensemble.config import load_settings
-from ml_ensemble.core import ConfigError, IntegrityError, LFSPointerError, SignatureError, StaleStoreError, iso
+from ml_ensemble.core import ConfigError, IntegrityError, LFSPointerError, SignatureError, StaleStoreError, StoreError, iso
 from ml_ensemble.ensemble import restore_ensemble
 from ml_ensemble.forecast_comparison import bars_until_decided, compare_scores
 from ml_ensemble.recipe import new_learners, training_set
@@ -488,6 +488,15 @@ def test_the_commands_report_and_promote_with_their_exit_codes(tmp_path, market,
 def test_promote_takes_a_version_or_shadow_and_not_both(words, store, monkeypatch):
     monkeypatch.setenv("ML_ENSEMBLE_MODELS", str(store.root))
     assert isinstance(CliRunner().invoke(app, words).exception, ConfigError)
+
+
+@pytest.mark.parametrize("content, problem", [(None, "there is no log"), ("time,open\n1,2\n", "is not a log of predictions: 2 lines")])
+def test_a_log_that_is_none_is_an_error(market, tmp_path, content, problem):
+    kept, path = staged_store(tmp_path / "models", market, "good", "worse"), tmp_path / "shadow.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(StoreError, match=problem):
+        shadow_verdict(kept, log=path, candles=market[0])
 
 
 @pytest.mark.slow
