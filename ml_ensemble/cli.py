@@ -602,7 +602,7 @@ def overdue_command(
     days: Annotated[float | None, typer.Option(min=0.01, max=10_000, help="Default: production.max_run_days.")] = None,
     as_json: _Json = False,
 ):
-    "Tell whether no retrain has run for too long, whatever its result; if so, send an alert and exit with code 3."
+    "Report whether no retrain has run for too long, whatever its result; if so, send an alert and exit with code 3."
     from ml_ensemble.alerts import Alert
     from ml_ensemble.config import load_settings
     from ml_ensemble.monitoring import run_overdue
@@ -684,7 +684,7 @@ def rollback(
     from ml_ensemble.verification import verify_version
     facts = store.rollback(reason, to, verify=partial(verify_version, custom=_configure_store(store)))
     _report_change(facts, "back in production", as_json)
-    _tell_change(facts)
+    _send_change_alert(facts)
 
 @app.command()
 def backup(context: typer.Context, as_json: _Json = False):
@@ -805,7 +805,7 @@ def verify_command(context: typer.Context, as_json: _Json = False):
         raise typer.Exit(_FAILED)
 
 # %% ../nbs/70_cli.ipynb #80ab465a
-def _tell_change(facts: dict) -> None:
+def _send_change_alert(facts: dict) -> None:
     "Send an alert about a change of production that a person made."
     from ml_ensemble.alerts import Alert
     if not os.environ.get("ML_ENSEMBLE_ALERT_URLS"):
@@ -865,7 +865,7 @@ def restore_command(
     reason, store = _check_reason(reason), _store_of(context)
     facts = store.restore(backup, reason, verify=partial(verify_version, custom=_configure_store(store)))
     _report_change(facts, "back in production", as_json)
-    _tell_change(facts)
+    _send_change_alert(facts)
 
 # %% ../nbs/70_cli.ipynb #0211e91f
 @app.command("pin")
@@ -970,11 +970,11 @@ def _promote_from_shadow(store: ModelStore, log: Path | None, replay: bool, over
         if facts is not None:
             _report_change(facts, "in production", False)
     if verdict.outcome != "not enough evidence":
-        _tell_shadow_verdict(verdict, facts is not None)
+        _send_shadow_alert(verdict, facts is not None)
     if facts is None:
         raise typer.Exit(_NEGATIVE)
 
-def _tell_shadow_verdict(verdict, promoted: bool) -> None:
+def _send_shadow_alert(verdict, promoted: bool) -> None:
     "Send an alert about a decision on the version in shadow."
     from ml_ensemble.alerts import Alert
     figures = verdict.to_dict()
