@@ -99,8 +99,9 @@ bench: .venv/.installed ## Speed and memory beside peers, error rates of the gat
 	$(BIN)/papermill nbs/gate_characteristics.ipynb $$page --no-progress-bar --log-level ERROR -p illusions 4 -p planted 4 \
 	  -p between 0 -p bars 6600 -p trees 0 -p workers 2; \
 	$(PRINT) < $$page
+	@$(BIN)/python tests/retrain_budget.py
 
-bench-retrain: .venv/.installed ## A retrain of 17,000 bars on one core: seconds and memory of all its processes, beside the bare steps
+bench-retrain: .venv/.installed ## Its last part: a retrain of 17,000 bars on one core, seconds and memory of all its processes
 	@$(RUN) $(BIN)/python tests/retrain_budget.py
 
 bench-store: .venv/.installed ## Promotions under load beside plain files and MLflow, rollback, a long history (ARGS="--mlflow PYTHON")
