@@ -341,6 +341,12 @@ def _configure_store(store: ModelStore) -> tuple[str, ...]:
     set_policy(store, settings)
     return tuple(settings.features.custom)
 
+def _check_plot(path: Path | None) -> Path | None:
+    "The file of `--plot`; ConfigError if it is no image or cannot be written."
+    if path is not None and path.suffix not in (".png", ".svg"):
+        raise ConfigError(f"--plot is {str(path)[:100]!r}", "Name a file that ends with .png or .svg.")
+    return None if path is None else _check_output(path)
+
 # %% ../nbs/70_cli.ipynb #863731f6
 @app.command("retrain")
 def retrain_command(
@@ -705,9 +711,7 @@ def versions_command(
     as_json: _Json = False,
 ):
     "List the versions with their out-of-sample figures."
-    if plot is not None and plot.suffix not in (".png", ".svg"):
-        raise ConfigError(f"--plot is {str(plot)[:100]!r}", "Name a file that ends with .png or .svg.")
-    target = None if plot is None else _check_output(plot)
+    target = _check_plot(plot)
     from ml_ensemble.versions import plot_versions, version_table
     rows = version_table(_store_of(context))
     if target is not None and len(rows):
@@ -925,9 +929,7 @@ def shadow_command(
     as_json: _Json = False,
 ):
     "Compare the version in shadow with the one in production on the logged bars; nothing is changed."
-    if plot is not None and plot.suffix not in (".png", ".svg"):
-        raise ConfigError(f"--plot is {str(plot)[:100]!r}", "Name a file that ends with .png or .svg.")
-    target = None if plot is None else _check_output(plot)
+    target = _check_plot(plot)
     from ml_ensemble.config import load_settings
     settings = load_settings(list(set_ or ()))
     from ml_ensemble.shadow import shadow_verdict

@@ -10,9 +10,9 @@ __all__ = ['shorten', 'MLEnsembleError', 'ConfigError', 'DataError', 'FeatureErr
            'ModelNotFoundError', 'IntegrityError', 'LFSPointerError', 'UnsafeModelError', 'SignatureError',
            'ChangedMeaningError', 'StaleStoreError', 'MissingExtraError', 'requires_extra', 'canonical_json',
            'readable_json', 'sha256_hex', 'sync_directory', 'check_replaceable', 'write_atomic', 'read_regular',
-           'utc_now', 'iso', 'working_directory', 'explain_os_error', 'find_project', 'project_root', 'core_file',
-           'page_file', 'models_dir', 'version_id', 'usable_cpus', 'n_threads', 'in_threads', 'hide_credentials',
-           'check_store_url', 'format_number', 'format_percent', 'format_return', 'MarkdownRepr']
+           'utc_now', 'in_utc', 'iso', 'working_directory', 'explain_os_error', 'find_project', 'project_root',
+           'core_file', 'page_file', 'models_dir', 'version_id', 'usable_cpus', 'n_threads', 'in_threads',
+           'hide_credentials', 'check_store_url', 'format_number', 'format_percent', 'format_return', 'MarkdownRepr']
 
 # %% ../nbs/00_core.ipynb #dd71e0b3
 import errno
@@ -311,6 +311,10 @@ def _open_regular(path: str | Path, inside: Path | None) -> int:
 def utc_now() -> datetime:
     "The present moment in UTC, to the second."
     return datetime.now(timezone.utc).replace(microsecond=0)
+
+def in_utc(moment: datetime) -> datetime:
+    "The moment in UTC; one without a time zone is in UTC."
+    return moment.replace(tzinfo=timezone.utc) if moment.tzinfo is None else moment.astimezone(timezone.utc)
 
 def iso(moment: datetime) -> str:
     "A moment as ISO 8601 in UTC, ending in Z."

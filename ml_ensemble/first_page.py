@@ -10,12 +10,12 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 
-from .core import MarkdownRepr, format_number, format_percent, format_return, requires_extra
+from .core import MarkdownRepr, format_number, format_percent, format_return, in_utc, requires_extra
 
 with requires_extra():
     import pandas as pd
@@ -95,10 +95,6 @@ def _changed_limits(facts: dict) -> str:
     return f"**Limits were changed for this run:** {'; '.join(changed)}." if changed else ""
 
 # %% ../nbs/59_first_page.ipynb #08a6ed55
-def _aware(moment: datetime) -> datetime:
-    "The moment; one without a time zone is UTC."
-    return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
-
 def _may_be_traded(facts: dict, verdict: Verdict, current: str | None) -> str:
     "Whether the candidate may be traded, in words."
     if facts["data"]["simulated"]:
@@ -110,7 +106,7 @@ def _may_be_traded(facts: dict, verdict: Verdict, current: str | None) -> str:
                 "(*Money at risk*).")
     newest, trained = (datetime.fromisoformat(text) for text in (facts["data"]["to"], facts["created_at"]))
     limit = facts["configuration"]["production"]["max_age_days"]
-    if (age := (_aware(trained) - _aware(newest)) / timedelta(days=1)) > limit:
+    if (age := (in_utc(trained) - in_utc(newest)) / timedelta(days=1)) > limit:
         return (f"**May it be traded? No.** Its newest bar was {age:,.0f} days old when it was trained, the limit is {limit:g}: "
                 "it abstains on every bar of today.")
     if _changed_limits(facts):

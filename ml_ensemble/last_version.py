@@ -18,7 +18,7 @@ with requires_extra():
 
 # %% ../nbs/49_last_version.ipynb #a1600004
 from .base_learners import class_shares, encode
-from .champion import production_record
+from .champion import production_record, times_in_utc
 from .config import Settings
 from .evaluation import bootstrap_skills
 from .feature_manager import input_names
@@ -134,8 +134,7 @@ def last_version(settings: Settings, candles: pd.DataFrame, data: TrainingSet, s
 def _newer_rows(index: pd.DatetimeIndex, newest: str) -> np.ndarray:
     "(N,) bool mask of the times after an ISO 8601 time; without a time zone, UTC is assumed."
     limit = pd.Timestamp(datetime.fromisoformat(newest))
-    utc = lambda time: time.tz_localize("UTC") if time.tz is None else time.tz_convert("UTC")
-    return np.asarray(utc(index) > utc(limit))
+    return np.asarray(times_in_utc(index) > times_in_utc(limit))
 
 # %% ../nbs/49_last_version.ipynb #a1600010
 def _unseen_predictions(facts: dict, data: TrainingSet, store: ModelStore, candidate: dict) -> tuple[Predictions | None, int, str]:

@@ -8,10 +8,10 @@ __all__ = ['HealthCheck', 'Diagnosis', 'run_overdue', 'diagnose']
 # %% ../nbs/58_monitoring.ipynb #69aa88f4
 import shutil
 from dataclasses import asdict, dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
 from warnings import catch_warnings, simplefilter
 
-from .core import (IntegrityError, LFSPointerError, MarkdownRepr, MLEnsembleError, core_file, read_regular,
+from .core import (IntegrityError, LFSPointerError, MarkdownRepr, MLEnsembleError, core_file, in_utc, read_regular,
                               shorten)
 
 from .config import Settings, feature_manager, load_settings
@@ -79,7 +79,7 @@ def _check_production(store: ModelStore, settings: Settings | None) -> tuple[Hea
 def _check_age(info: dict, settings: Settings, now: datetime) -> HealthCheck:
     "Check the number of days since the newest training bar; without one in the metadata, since the training."
     names = {"the newest training bar": "newest_bar", "training": "created_at"}
-    times = {event: _with_zone(datetime.fromisoformat(info[name])) for event, name in names.items() if info[name]}
+    times = {event: in_utc(datetime.fromisoformat(info[name])) for event, name in names.items() if info[name]}
     if not times or (info["data"] or {}).get("to") and not info["newest_bar"]:
         return HealthCheck("age", "fault", "cannot determine model age: the metadata contain no valid time",
                            "Roll back to a version with valid metadata, or retrain.")
@@ -99,10 +99,6 @@ def _check_age(info: dict, settings: Settings, now: datetime) -> HealthCheck:
         "age", "fault", seen, "Run `ml-ensemble retrain` with candles up to now.")
 
 _CLOCK_SLACK = timedelta(hours=1)
-
-def _with_zone(moment: datetime) -> datetime:
-    "The moment in UTC; one without a zone is UTC."
-    return moment.replace(tzinfo=timezone.utc) if moment.tzinfo is None else moment.astimezone(timezone.utc)
 
 def _check_figures(info: dict, settings: Settings) -> HealthCheck:
     "Check the out-of-sample F1 in the metadata of the version against the floor."
@@ -162,7 +158,7 @@ def run_overdue(store: ModelStore, limit: float) -> str:
     runs = [event["at"] for event in store.history() if event["kind"] in _RUNS]
     if not runs:
         return f"no retrain is recorded, the limit is one in {limit:g} days"
-    days = (store.clock() - _with_zone(datetime.fromisoformat(runs[-1]))) / timedelta(days=1)
+    days = (store.clock() - in_utc(datetime.fromisoformat(runs[-1]))) / timedelta(days=1)
     return f"no retrain has run for {days:.1f} days, the limit is {limit:g}" if days > limit else ""
 
 def _check_verdict(store: ModelStore, settings: Settings | None) -> HealthCheck:

@@ -427,14 +427,17 @@ def _remove_killed_runs(store: ModelStore) -> list[str]:
 _FULL = 5e6      # bytes; with less free space, nothing can be written
 _LEAST_SPACE = 5e7     # bytes wanted for a first run
 
+def _free_bytes(store: ModelStore) -> int:
+    "Free space on the disk of the store, whose folder need not exist."
+    return shutil.disk_usage(next(path for path in (store.root, *store.root.parents) if path.exists())).free
+
 def _check_space(store: ModelStore, current: dict | None) -> None:
     "Raise RetrainError if the disk of the store has less space than the last run of this store has used."
     used = [store.root / "training", *([store.root / current["report"]["path"]] if current and "report" in current else [])]
     files = [path for place in used for path in ([place] if place.is_file() else place.glob("*"))]
     sizes = sum(path.lstat().st_size for path in files if path.is_file())
     wanted = max(_LEAST_SPACE, 2 * sizes + 4 * (current or {}).get("size_bytes", 0))     # the model: staged, archive, production, backup
-    folder = next(path for path in (store.root, *store.root.parents) if path.exists())
-    if (free := shutil.disk_usage(folder).free) < wanted:
+    if (free := _free_bytes(store)) < wanted:
         raise RetrainError(f"the disk of {store.root} has {free:,} bytes free, and a retrain needs about {wanted:,.0f}",
                            f"{_production_state(store)} Free some space on the disk of {store.root}, then run the command again.")
 
@@ -450,8 +453,7 @@ def _explain_failure(store: ModelStore, error: BaseException) -> tuple[str, str]
 
 def _full_disk(store: ModelStore) -> str:
     "Message that the disk of the store is full; empty if it is not."
-    folder = next(path for path in (store.root, *store.root.parents) if path.exists())
-    free = shutil.disk_usage(folder).free
+    free = _free_bytes(store)
     return f"the disk of {store.root} is full ({free:,} bytes free)" if free < _FULL else ""
 
 def _production_state(store: ModelStore) -> str:

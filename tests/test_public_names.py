@@ -32,6 +32,7 @@ PUBLIC = {
     """,
     "champion": """
         Comparison ProductionRecord compare_recipes compare_with_record production_periods production_record
+        times_in_utc
     """,
     "classifier": "EnsembleClassifier",
     "cli": """
@@ -52,10 +53,11 @@ PUBLIC = {
         FeatureError GapError HighLowError InfiniteValueError IntegrityError LFSPointerError MLEnsembleError
         MarkdownRepr MissingColumnError MissingExtraError MissingValueError ModelNotFoundError NegativeValueError
         NotATableError RetrainError SignatureError StaleDataError StaleStoreError StoreError TimestampError
-        TooShortError UnsafeModelError UnsortedError ValidationError canonical_json check_replaceable check_store_url
-        core_file explain_os_error find_project format_number format_percent format_return hide_credentials
-        in_threads iso models_dir n_threads page_file project_root read_regular readable_json requires_extra
-        sha256_hex shorten sync_directory usable_cpus utc_now version_id working_directory write_atomic
+        TooShortError UnsafeModelError UnsortedError ValidationError canonical_json check_replaceable
+        check_store_url core_file explain_os_error find_project format_number format_percent format_return
+        hide_credentials in_threads in_utc iso models_dir n_threads page_file project_root read_regular
+        readable_json requires_extra sha256_hex shorten sync_directory usable_cpus utc_now version_id
+        working_directory write_atomic
     """,
     "custom_features": "CustomFeature Window WindowBuffer custom_columns custom_feature load_custom",
     "ensemble": "ProductionEnsemble canary_rows closed_bars load_file metadata_beside prediction_row restore_ensemble",
