@@ -53,7 +53,8 @@ _Set = Annotated[list[str] | None, typer.Option(
 
 # %% ../nbs/70_cli.ipynb #4c9245d1
 _Log = Annotated[Path | None, typer.Option(
-    "--log", dir_okay=False, help="Predictions of the bot: ProductionEnsemble(shadow_log=FILE). Default: shadow.log of the configuration.")]
+    "--log", dir_okay=False,
+    help="Predictions of the bot: ProductionEnsemble(prediction_log=FILE). Default: monitor.log of the configuration.")]
 _Replay = Annotated[bool, typer.Option(
     "--replay", help="Compute what is not in the log from the configured candles, after the newest training bar of both versions.")]
 

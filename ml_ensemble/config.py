@@ -6,8 +6,8 @@
 __all__ = ['Section', 'DataSettings', 'FeatureSettings', 'LabelSettings', 'ValidationSettings', 'LearnerSettings',
            'LightGBMSettings', 'XGBoostSettings', 'RandomForestSettings', 'LearnersSettings', 'WeightSettings',
            'EnsembleSettings', 'TradingSettings', 'TrainingSettings', 'AuditSettings', 'EvaluationSettings',
-           'GateSettings', 'ProductionSettings', 'ShadowSettings', 'StoreSettings', 'Settings', 'leaf_paths',
-           'core_tree', 'expand_override', 'load_settings', 'feature_manager', 'set_policy']
+           'GateSettings', 'ProductionSettings', 'ShadowSettings', 'MonitorSettings', 'StoreSettings', 'Settings',
+           'leaf_paths', 'core_tree', 'expand_override', 'load_settings', 'feature_manager', 'set_policy']
 
 # %% ../nbs/21_config.ipynb #9382d4ca
 import os
@@ -216,7 +216,6 @@ class ProductionSettings(Section):
 # %% ../nbs/21_config.ipynb #635a205d
 class ShadowSettings(Section):
     """Test of the version in shadow against the one in production."""
-    log: str | None
     alpha: Annotated[float, Field(gt=0, lt=0.5)]
     earliest: _Count
     latest: _Count | None
@@ -226,6 +225,32 @@ class ShadowSettings(Section):
         if self.latest is not None and self.latest < self.earliest:
             raise ValueError(f"latest is {self.latest}, before earliest, {self.earliest}")
         return self
+
+# %% ../nbs/21_config.ipynb #21c00004
+def _check_database(url: str | None) -> str | None:
+    "URL of the monitoring database; ConfigError if it holds a password or is no URL. Without one, None."
+    if url and not re.fullmatch(r"[a-z]+(\+[a-z0-9]+)?://\S*", url):
+        raise ConfigError(f"monitor.database is {shorten(hide_credentials(url))!r}, which is no URL of a database",
+                          "For example sqlite:////var/lib/bot/monitor.sqlite or postgresql+psycopg://user@host/monitor.")
+    authority = url.partition("://")[2].split("/")[0] if url else ""
+    if url and (":" in authority.rpartition("@")[0] or "password" in url.partition("?")[2]):
+        raise ConfigError("monitor.database holds a password", "PostgreSQL reads it from PGPASSWORD or ~/.pgpass.")
+    return url or None
+
+class MonitorSettings(Section):
+    """Monitoring of the live model."""
+    log: str | None
+    database: Annotated[str | None, AfterValidator(_check_database)]
+    alpha: Annotated[float, Field(gt=0, lt=0.5)]
+    restart: _Count
+    kept_gain: Annotated[float, Field(ge=0, lt=1)]
+    window: Annotated[int, Field(ge=20)]
+    min_weighted_f1: _Limit | None
+    late_minutes: _Positive
+    silent_bars: _Count
+    clear_after: _Count
+    alerts_per_day: _Count
+    reaction: Literal["alert", "retrain", "rollback"]
 
 # %% ../nbs/21_config.ipynb #21c00001
 class StoreSettings(Section):
@@ -356,6 +381,7 @@ class Settings(BaseSettings):
     gate: GateSettings
     production: ProductionSettings
     shadow: ShadowSettings
+    monitor: MonitorSettings
     store: StoreSettings
 
     @model_validator(mode="after")

@@ -12,21 +12,24 @@ import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from math import isnan
 from pathlib import Path
+from time import perf_counter
 from typing import Self
 
 import numpy as np
 
-from .candles import OHLCV, bar_interval, bar_times, ohlcv_columns
-from .core import ChangedMeaningError, ConfigError, GapError, ModelNotFoundError, StoreError, ValidationError, iso, read_regular, utc_now
+from .candles import bar_interval, bar_times
+from .core import (ChangedMeaningError, ConfigError, FeatureError, ModelNotFoundError, StoreError, ValidationError, iso,
+                              read_regular, utc_now)
 from .feature_manager import FeatureManager
-from .inference import EPOCH, LoadedModel, ForkLock, decide_rows, open_payload, plain_numbers, predict_proba, time_ns
+from .inference import EPOCH, LoadedModel, ForkLock, decide_rows, open_payload, predict_proba, time_ns
 from .live import (CLASS_NAMES, Decision, LiveStream, ServingState, bar_interval_ns, check_bars, decide_bar,
-                              decide_values, read_history, split_unfinished, table_of, warm_stream)
+                              decide_values, read_history, split_unfinished, warm_stream)
 from .metrics import accuracy, confusion_matrix, row_log_loss, weighted_f1
 from .model_file import check_payload, read_payload
-from .shadow_log import PredictionRow, ShadowLog
-from .store_records import changed_meaning, decision_settings, meaning_digest
+from .prediction_log import PredictionLog, PredictionRow
+from .store_records import changed_meaning, decision_settings
 from .versioning import (MAX_MODEL_BYTES, METADATA_FILE, ModelStore, read_exact, read_metadata, read_shadow,
                                     read_signed, verify_bytes)
 
@@ -37,7 +40,7 @@ class _Predictor:
     _state: ServingState
     _clock: Callable[[], datetime]
     _changing: ForkLock
-    _shadow: "_Shadow | None"
+    _recorder: "_Recorder | None"
 
     def predict_proba(self, X, threads: int | None = None) -> np.ndarray:
         """Probabilities of many rows of features.
@@ -179,10 +182,12 @@ class _Predictor:
         Traceback (most recent call last):
         ml_ensemble.core.TimestampError: the time 'yesterday' cannot be read...
         """
-        state = self._state
-        decision = decide_bar(state, (open, high, low, close, volume), time, self._clock)
-        if self._shadow is not None:
-            self._shadow.observe((open, high, low, close, volume), time, decision, state.loaded)
+        state, bar = self._state, (open, high, low, close, volume)
+        if self._recorder is None:
+            return decide_bar(state, bar, time, self._clock)[0]
+        begin = perf_counter()
+        decision, values = decide_bar(state, bar, time, self._clock)
+        self._recorder.observe(_Observation(bar, time, decision, values, 1e6 * (perf_counter() - begin), state.loaded))
         return decision
 
     def predict_one(self, values, time=None) -> Decision:
@@ -276,8 +281,6 @@ class _Predictor:
         with self._changing:
             loaded = self._state.loaded
             self._state = ServingState(loaded, warm_stream(loaded, history, self._clock()))
-        if self._shadow is not None:
-            self._shadow.warm_up(history, self._clock())
         return self
 
     def validate_predictions(self, X, y) -> dict:
@@ -344,11 +347,11 @@ class ProductionEnsemble(_Predictor):
         features, with the calendar of the training data.
     clock : callable, optional
         Returns the current time, a `datetime` with a time zone; used for the age of the model where a bar has no time.
-    shadow_log : str or pathlib.Path, optional
-        File to which each call of `decide` adds the prediction of this version and, if one is in shadow
-        (`ModelStore.start_shadow`), that of the version in shadow for the same bar. Both are made and written by a thread in
-        the background after the decision, which they neither change nor delay; faults are counted (`shadow_status`) and
-        reported by one warning. Not possible with `version`.
+    prediction_log : str or pathlib.Path, optional
+        SQLite file to which each call of `decide` adds the prediction of this version with the features and, if one is in
+        shadow (`ModelStore.start_shadow`), that of the version in shadow for the same bar. Both are made and written by a
+        thread in the background after the decision, which they neither change nor delay; faults are counted (`log_status`)
+        and reported by one warning. Not possible with `version`.
 
     Raises
     ------
@@ -384,15 +387,16 @@ class ProductionEnsemble(_Predictor):
 
     def __init__(self, version: str | None = None, store: ModelStore | None = None,
                  features: FeatureManager | None = None, clock: Callable[[], datetime] = utc_now,
-                 shadow_log: str | Path | None = None):
-        if version and shadow_log:
-            raise ConfigError("shadow_log is for the version in production", "Omit `version`.")
+                 prediction_log: str | Path | None = None):
+        if version and prediction_log:
+            raise ConfigError("prediction_log is for the version in production", "Omit `version`.")
         store = store or ModelStore()
         stat = _production_stat(store)
         metadata, model = store.read(version)
         loaded = open_payload(read_payload(model), metadata, features)
         _initialise(self, loaded, clock, None if version else store, stat)
-        self._shadow = _Shadow(store, ShadowLog(shadow_log, clock=clock), loaded, features, clock) if shadow_log else None
+        if prediction_log:
+            self._recorder = _Recorder(store, PredictionLog(prediction_log, clock=clock), features, clock)
 
     @classmethod
     def load(cls, target: str | Path, features: FeatureManager | None = None,
@@ -472,26 +476,27 @@ class ProductionEnsemble(_Predictor):
         """
         return _follow_production(self, features, accept_change)
 
-    def shadow_status(self, timeout: float = 0.0) -> dict | None:
+    def log_status(self, timeout: float = 0.0) -> dict | None:
         """State of the log of predictions and of the version in shadow.
 
         Parameters
         ----------
         timeout : float, default 0
-            Seconds to wait until all predictions so far are written.
+            Seconds to wait until all predictions so far are on disk.
 
         Returns
         -------
         dict or None
-            JSON-safe: `version` in shadow (None if there is none), `path` of the log, number of rows `written` and
-            `dropped`, number of `faults`, jobs `waiting`, and the `last_fault`. None without `shadow_log`.
+            JSON-safe: `shadow`, the version in shadow (None if there is none), `path` of the log, number of rows `written`,
+            `repeated` and `dropped`, number of `faults`, jobs `waiting`, and the `last_fault`. None without
+            `prediction_log`.
 
         Examples
         --------
-        >>> ProductionEnsemble(store=store).shadow_status() is None
+        >>> ProductionEnsemble(store=store).log_status() is None
         True
         """
-        return None if self._shadow is None else self._shadow.status(timeout)
+        return None if self._recorder is None else self._recorder.status(timeout)
 
     def get_model_info(self) -> dict:
         """Description of the loaded version.
@@ -560,7 +565,7 @@ def _initialise(ensemble: ProductionEnsemble, loaded: LoadedModel, clock: Callab
                 store: ModelStore | None = None, stat: tuple | None = None) -> ProductionEnsemble:
     "Set version, empty stream and store of a new ensemble."
     ensemble._state, ensemble._clock = ServingState(loaded, LiveStream(loaded.manager, bar_interval_ns(loaded))), clock
-    ensemble._store, ensemble._seen_stat, ensemble._changing, ensemble._shadow = store, stat, ForkLock(), None
+    ensemble._store, ensemble._seen_stat, ensemble._changing, ensemble._recorder = store, stat, ForkLock(), None
     return ensemble
 
 def restore_ensemble(payload: dict, metadata: dict | None = None, features: FeatureManager | None = None,
@@ -662,74 +667,62 @@ def _follow_production(ensemble: ProductionEnsemble, features: FeatureManager | 
             if not accept_change:
                 _check_meaning(live.loaded, loaded)
             unchanged = (new.fingerprint, new.calendar) == (old.fingerprint, old.calendar)
-            if ensemble._shadow is not None and features is not None:
-                ensemble._shadow.features, ensemble._shadow.seen = features, ()
+            if ensemble._recorder is not None and features is not None:
+                ensemble._recorder.features, ensemble._recorder.seen = features, ()
             ensemble._state = ServingState(loaded, live.feed if unchanged else LiveStream(new, bar_interval_ns(loaded)))
         ensemble._seen_stat = stat
     return not same
 
 # %% ../nbs/18_ensemble.ipynb #9ed15911
-class _Shadow:
-    """The version in shadow, its stream, and the log; all work is done by the thread of the log."""
+@dataclass(frozen=True)
+class _Observation:
+    """A bar and what the version in production decided."""
+    bar: tuple
+    time: object
+    decision: Decision
+    values: list[float]
+    latency_us: float
+    loaded: LoadedModel
 
-    def __init__(self, store: ModelStore, log: ShadowLog, production: LoadedModel, features: FeatureManager | None,
-                 clock: Callable[[], datetime]):
+class _Recorder:
+    """The log, and the version in shadow; all work is done by the thread of the log."""
+
+    def __init__(self, store: ModelStore, log: PredictionLog, features: FeatureManager | None, clock: Callable[[], datetime]):
         self.store, self.log, self.features, self.clock = store, log, features, clock
-        self.state: ServingState | None = None
-        self.feed = LiveStream(production.manager, bar_interval_ns(production))
+        self.shadow: LoadedModel | None = None
         self.seen: object = ()
 
-    def observe(self, bar: tuple, time, decision: Decision, production: LoadedModel) -> None:
+    def observe(self, seen: _Observation) -> None:
         "Log the decision for a bar, and that of the version in shadow; returns at once."
-        self.log.submit(lambda: self.rows(bar, time, decision, production))
-
-    def warm_up(self, history, now: datetime) -> None:
-        "Restart the stream with a copy of a history; returns at once."
-        columns = ohlcv_columns(history)
-        rows = np.column_stack([columns[name] for name in OHLCV])
-        self.log.submit(lambda: self.restart(rows, columns["time"].copy(), now))
-
-    def restart(self, rows: np.ndarray, times: np.ndarray, now: datetime) -> tuple:
-        "The stream after a history; no rows."
-        loaded = self.follow()
-        history = table_of(rows, times)
-        if loaded is None:
-            closed, _ = split_unfinished(times, bar_interval(times), now)
-            self.feed = LiveStream(self.feed.manager, self.feed.expected_interval, history.head(closed))
-        else:
-            self.feed = warm_stream(loaded, history, now)
-        return ()
+        self.log.submit(lambda: self.rows(seen))
 
     def follow(self) -> LoadedModel | None:
         "The version in shadow; loaded if another one is there. None if there is none, or if it cannot be loaded."
         stat = _folder_stat(self.store)
         if stat != self.seen:
-            self.seen, self.state = stat, None
+            self.seen, self.shadow = stat, None
             try:
-                self.state = _open_shadow(self.store, self.features, self.feed)
+                self.shadow = _open_shadow(self.store, self.features)
             except Exception as error:
                 self.log.note_fault(f"the version in shadow cannot be loaded ({type(error).__name__}: {error})")
-            self.feed = self.state.feed if self.state else self.feed
-        return self.state.loaded if self.state else None
+        return self.shadow
 
-    def rows(self, bar: tuple, time, decision: Decision, production: LoadedModel) -> list[PredictionRow]:
+    def rows(self, seen: _Observation) -> list[PredictionRow]:
         "Rows of production and shadow for a bar."
-        if time is None:
+        if seen.time is None:
             self.log.note_fault("decide was called without the time of the bar, which a row of the log needs")
             return []
-        moment = iso(EPOCH + timedelta(microseconds=time_ns(time) // 1000))
-        sequence = production.metadata.get("sequence", 0)
-        rows = [prediction_row(production, moment, decision, "production", sequence, self.log.now())]
+        nanoseconds = time_ns(seen.time)
+        moment, now = iso(EPOCH + timedelta(microseconds=nanoseconds // 1000)), self.log.now()
+        sequence = seen.loaded.metadata.get("sequence", 0)
+        rows = [prediction_row(seen.loaded, moment, seen.decision, "production", sequence, now, values=seen.values,
+                               latency_us=seen.latency_us)]
         try:
             loaded = self.follow()
             if loaded is not None:
-                found = decide_bar(ServingState(loaded, self.feed), bar, time, self.clock)
-                rows.append(prediction_row(loaded, moment, found, "shadow", sequence, self.log.now()))
-            else:
-                self.feed.step(plain_numbers(bar), time_ns(time))
-        except GapError as error:                        # bars were dropped: warm up anew
-            self.feed = LiveStream(self.feed.manager, self.feed.expected_interval)
-            self.log.note_fault(f"the stream of the version in shadow starts anew: {error.problem}")
+                _check_same_features(seen.loaded, loaded)
+                decision = decide_values(loaded, seen.values, nanoseconds, self.clock)
+                rows.append(prediction_row(loaded, moment, decision, "shadow", sequence, now, values=seen.values))
         except Exception as error:
             self.log.note_fault(f"the version in shadow did not predict ({type(error).__name__}: {error})")
         return rows
@@ -738,17 +731,23 @@ class _Shadow:
         "State of log and version."
         if timeout:
             self.log.flush(timeout)
-        return {"version": self.state.loaded.version if self.state else None, **self.log.status()}
+        return {"shadow": self.shadow.version if self.shadow else None, **self.log.status()}
+
+def _check_same_features(production: LoadedModel, shadow: LoadedModel) -> None:
+    "FeatureError if the version in shadow cannot use the features that production computed."
+    new, old = shadow.manager, production.manager
+    if (new.fingerprint, new.calendar) != (old.fingerprint, old.calendar):
+        raise FeatureError(f"the features of version {shadow.version} are not those of production",
+                           "Compare the two with `ml-ensemble shadow --replay`, which computes both from candles.")
 
 # %% ../nbs/18_ensemble.ipynb #99f1f95d
-def prediction_row(loaded: LoadedModel, moment: str, decision: Decision, stage: str, sequence: int, written: str = "",
-                   replayed: bool = False) -> PredictionRow:
-    "The row of the log for a decision; `sequence` is that of the version in production."
-    data = loaded.metadata.get("data")
-    market = (data.get("market") or data.get("source") or "") if isinstance(data, dict) else ""
-    return PredictionRow(str(market), moment, loaded.version, int(sequence), stage,
+def prediction_row(loaded: LoadedModel, moment: str, decision: Decision, stage: str, sequence: int, written: str = "", *,
+                   replayed: bool = False, values: list[float] | None = None, latency_us: float | None = None) -> PredictionRow:
+    "The row of the log for a decision; `sequence` is that of the version in production. Features of a warm-up are left out."
+    features = None if values is None or any(map(isnan, values)) else tuple(values)
+    return PredictionRow(loaded.market, moment, loaded.version, int(sequence), stage,
                          None if decision.reason else decision.probabilities, decision.decision, decision.reason[:500],
-                         meaning_digest({**loaded.metadata, "classes": loaded.payload["classes"]}), written, replayed)
+                         loaded.meaning, written, replayed, features, latency_us)
 
 def _folder_stat(store: ModelStore) -> tuple | None:
     "Identity of the folder of the version in shadow; changes with every file that is added or removed."
@@ -758,14 +757,10 @@ def _folder_stat(store: ModelStore) -> tuple | None:
         return None
     return stat.st_ino, stat.st_mtime_ns
 
-def _open_shadow(store: ModelStore, features: FeatureManager | None, feed: LiveStream) -> ServingState | None:
-    "The version in shadow with a stream: the given one if the features are the same."
+def _open_shadow(store: ModelStore, features: FeatureManager | None) -> LoadedModel | None:
+    "The version in shadow; None if there is none."
     found = read_shadow(store)
-    if found is None:
-        return None
-    loaded = open_payload(read_payload(found[1]), found[0], features)
-    same = (loaded.manager.fingerprint, loaded.manager.calendar) == (feed.manager.fingerprint, feed.manager.calendar)
-    return ServingState(loaded, feed if same else LiveStream(loaded.manager, bar_interval_ns(loaded)))
+    return None if found is None else open_payload(read_payload(found[1]), found[0], features)
 
 # %% ../nbs/18_ensemble.ipynb #a1c05e34
 def _labels_of(y, X, classes: list[int]) -> np.ndarray:

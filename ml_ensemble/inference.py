@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from decimal import Decimal
+from functools import cached_property
 from numbers import Real
 from weakref import WeakSet
 
@@ -29,6 +30,7 @@ from .feature_manager import FeatureManager, scale_free, scale_free_row
 from .indicators import COMPILE_FROM
 from .model_file import CANARY_TOLERANCE, check_definition
 from .model_graph import check_graph
+from .store_records import meaning_digest
 
 # %% ../nbs/16_inference.ipynb #a1c05e23
 _INHERITED: WeakSet = WeakSet()   # what a forked child has to renew: locks and graphs of this process
@@ -125,6 +127,17 @@ class LoadedModel:
     def version(self) -> str:
         "Its name; `unversioned` for a file without metadata."
         return self.metadata.get("version", "unversioned")
+
+    @cached_property
+    def market(self) -> str:
+        "Name of its market; empty if the metadata does not record it."
+        data = self.metadata.get("data")
+        return str(data.get("market") or data.get("source") or "") if isinstance(data, dict) else ""
+
+    @cached_property
+    def meaning(self) -> str:
+        "Digest of what its decisions mean."
+        return meaning_digest({**self.metadata, "classes": self.payload["classes"]})
 
     @property
     def simulated(self) -> bool:

@@ -29,8 +29,8 @@ from .live import CLASS_NAMES, Decision
 from .ensemble import prediction_row
 from .metrics import row_brier
 from .model_file import read_payload
+from .prediction_log import PredictionRow, append_rows, read_log
 from .run_settings import get_market
-from .shadow_log import PredictionRow, append_row, read_shadow_log
 from .store_records import changed_meaning, decision_settings, meaning_digest
 from .verification import verify_version
 from .versioning import ModelStore, present_or_damaged, read_shadow
@@ -94,7 +94,7 @@ def pair_predictions(rows: Sequence[PredictionRow], facts: dict, candles: pd.Dat
     Parameters
     ----------
     rows : sequence of PredictionRow
-        As read by `read_shadow_log`.
+        As read by `read_log`.
     facts : dict
         Metadata of the version in production: rows before its promotion, and rows with another meaning, are left out.
     candles : pandas.DataFrame, shape (T, 5)
@@ -285,13 +285,9 @@ def _replayed(loaded: LoadedModel, candles: pd.DataFrame, start: int, stage: str
 # %% ../nbs/57_shadow.ipynb #a76f9ce3
 def _logged_rows(path: str | Path, replay: bool) -> list[PredictionRow]:
     "Rows of the log; an error for a file that is none, and, without a replay, for one that does not exist."
-    rows, faults = read_shadow_log(path)
-    if faults and not rows:
-        raise StoreError(f"{path} is not a log of predictions: {faults:,} lines, and none is a prediction",
-                         "Name the file that the bot writes (shadow_log=...).")
     if not replay and not Path(path).exists():
-        raise StoreError(f"there is no log {path}", "Name the file that the bot writes (shadow_log=...), or pass --replay.")
-    return rows
+        raise StoreError(f"there is no log {path}", "Name the file that the bot writes (prediction_log=...), or pass --replay.")
+    return read_log(path)
 
 def shadow_verdict(store: ModelStore | None = None, settings: Settings | None = None, *, log: str | Path | None = None,
                    replay: bool = False, append: bool = False, candles: pd.DataFrame | None = None) -> ShadowVerdict:
@@ -304,7 +300,7 @@ def shadow_verdict(store: ModelStore | None = None, settings: Settings | None = 
     settings : Settings, optional
         By default those of the project.
     log : str or pathlib.Path, optional
-        File of predictions; by default `shadow.log` of the settings.
+        File of predictions; by default `monitor.log` of the settings.
     replay : bool, default False
         Add predictions computed from the candles where the log has none.
     append : bool, default False
@@ -328,10 +324,10 @@ def shadow_verdict(store: ModelStore | None = None, settings: Settings | None = 
     facts, shadow = present_or_damaged(store), _in_shadow(store)[0]["version"]
     if facts is None:
         raise ModelNotFoundError("there is no version in production", "Promote one first: `ml-ensemble promote VERSION`.")
-    path = log or settings.shadow.log
+    path = log or settings.monitor.log
     if path is None and not replay:
-        raise StoreError("no log of predictions is named", "Pass --log FILE, the file of ProductionEnsemble(shadow_log=...), set "
-                         "shadow.log, or pass --replay.")
+        raise StoreError("no log of predictions is named", "Pass --log FILE, the file of ProductionEnsemble(prediction_log=...), set "
+                         "monitor.log, or pass --replay.")
     candles = get_market(settings).candles if candles is None else candles
     rows = _logged_rows(path, replay) if path else []
     if replay:
@@ -339,8 +335,7 @@ def shadow_verdict(store: ModelStore | None = None, settings: Settings | None = 
         added = [row for row in replay_rows(store, candles, feature_manager(settings)) if row.key not in known]
         rows = [*rows, *added]
         if append and path:
-            for row in added:
-                append_row(path, row)
+            append_rows(path, added)
     labels = version_labels(facts, settings)
     return judge_pairs(pair_predictions(rows, facts, candles, labels), facts, shadow, settings.shadow, labels)
 

@@ -19,7 +19,7 @@ EXTRA = 'pip install "ml_ensemble[train]"'
 # Modules that import with numpy and onnxruntime alone.
 PRODUCTION = {"alerts", "audit_report", "candles", "compiled_trees", "core", "custom_features", "ensemble", "entry_point",
               "feature_manager", "indicators", "inference", "learner_parameters", "live", "metrics", "model_file",
-              "model_graph", "remote_copies", "shadow_log", "signing", "store_records", "verdict", "verification",
+              "model_graph", "prediction_log", "remote_copies", "signing", "store_records", "verdict", "verification",
               "versioning"}
 SMALL = {f"ML_ENSEMBLE_{name}": value for name, value in {
     "DATA__DAYS": "100", "VALIDATION__N_SPLITS": "2", "EVALUATION__REPLICATIONS": "100", "AUDIT__CUTS": "1",

@@ -44,9 +44,9 @@ PUBLIC = {
     "compiled_trees": "SplitGraph compiled_loop split_graph",
     "config": """
         AuditSettings DataSettings EnsembleSettings EvaluationSettings FeatureSettings GateSettings LabelSettings
-        LearnerSettings LearnersSettings LightGBMSettings ProductionSettings RandomForestSettings Section Settings ShadowSettings
-        StoreSettings TradingSettings TrainingSettings ValidationSettings WeightSettings XGBoostSettings core_tree
-        expand_override feature_manager leaf_paths load_settings set_policy
+        LearnerSettings LearnersSettings LightGBMSettings MonitorSettings ProductionSettings RandomForestSettings
+        Section Settings ShadowSettings StoreSettings TradingSettings TrainingSettings ValidationSettings
+        WeightSettings XGBoostSettings core_tree expand_override feature_manager leaf_paths load_settings set_policy
     """,
     "core": """
         AmbiguousDataError ChangedMeaningError ColumnTypeError ConfigError DataError DuplicateError EmptyDataError
@@ -94,8 +94,8 @@ PUBLIC = {
     """,
     "learner_parameters": "FIXED LEARNERS accepted_names did_you_mean free_names learners_with own_name own_names",
     "live": """
-        CLASS_NAMES Decision LiveStream ServingState bar_interval_ns check_bars decide_bar decide_values read_history
-        split_unfinished table_of unfinished_bar warm_stream
+        CLASS_NAMES Decision LiveStream ServingState bar_interval_ns check_bars decide_bar decide_values
+        read_history split_unfinished unfinished_bar warm_stream
     """,
     "market_data": """
         CandleReport Market bar_sample has_same_bars inspect_candles load_candles settings_of_source write_candles
@@ -109,6 +109,9 @@ PUBLIC = {
     "monitoring": "Diagnosis HealthCheck diagnose run_overdue",
     "onnx_export": "export_onnx load_with_custom to_full_onnx",
     "plot_style": "BLUE GREY GRID INK ORANGE ReportFigure class_colour date_axis new_axes plot_recent style_axes",
+    "prediction_log": """
+        COLUMNS PredictionLog PredictionRow SCHEMA STAGES append_rows from_record read_log read_records to_record
+    """,
     "publishing": "ARTIFACT Publication PublishError plain_line publish",
     "quality_gate": "GateInput judge",
     "recipe": """
@@ -131,7 +134,6 @@ PUBLIC = {
         KEEP PROMOTE PairedPredictions ShadowVerdict UNDECIDED judge_pairs pair_predictions promote_from_shadow
         replay_rows shadow_verdict version_labels
     """,
-    "shadow_log": "PredictionRow STAGES ShadowLog append_row parse_row read_shadow_log",
     "signing": """
         check_mark check_signature generate_key key_id public_key public_of public_text raise_mark read_mark sign_metadata
         state_folder

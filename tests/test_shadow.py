@@ -1,12 +1,6 @@
 """Deployment in stages: the comparison of forecasters, the log, the store, the bot beside the log, and the decision."""
 import json
 import math
-import os
-import random
-import subprocess
-import sys
-import threading
-import time
 import warnings
 from dataclasses import replace
 
@@ -21,12 +15,12 @@ from ml_ensemble.config import load_settings
 from ml_ensemble.core import ConfigError, IntegrityError, LFSPointerError, SignatureError, StaleStoreError, StoreError, iso
 from ml_ensemble.ensemble import restore_ensemble
 from ml_ensemble.forecast_comparison import bars_until_decided, compare_scores
+from ml_ensemble.prediction_log import PredictionLog, PredictionRow, read_log
 from ml_ensemble.recipe import new_learners, training_set
 from ml_ensemble.remote_copies import pull_store, push_store
 from ml_ensemble.retraining import IN_SHADOW, NO_NEW_BARS, retrain
 from ml_ensemble.sandbox import simulate_market
 from ml_ensemble.shadow import judge_pairs, pair_predictions, promote_from_shadow, shadow_verdict
-from ml_ensemble.shadow_log import PredictionRow, ShadowLog, read_shadow_log
 from ml_ensemble.signing import generate_key
 from ml_ensemble.store_records import meaning_digest
 from ml_ensemble.training import fit_all, make_ensemble
@@ -106,61 +100,6 @@ def test_the_bars_needed_are_where_the_limit_crosses_zero_on_a_stream_of_that_me
     assert 0.6 < np.median(crossings) / bars_until_decided(0.03, 0.15) < 1.4
 
 
-# ---- the log
-
-def test_rows_of_several_threads_and_processes_are_whole_and_each_key_counts_once(tmp_path):
-    path = tmp_path / "log.jsonl"
-    code = ("import sys; from ml_ensemble.shadow_log import *; import time\n"
-            "log = ShadowLog(sys.argv[1])\n"
-            "for k in range(300): log.write(PredictionRow('m', f'2024-01-01T00:00:{k % 60:02}Z', f'v{k // 60}', 1, 'shadow',"
-            " (0.5, 0.5), 'hold', sys.argv[2] * 100))\n"
-            "log.close()")
-    both = [subprocess.Popen([sys.executable, "-c", code, str(path), name]) for name in "ab"]
-    assert [process.wait(60) for process in both] == [0, 0]
-    rows, faults = read_shadow_log(path)
-    assert (len(rows), faults, len(path.read_bytes().split())) == (300, 0, 600 * 23)
-
-
-def test_a_truncated_last_line_is_ignored_and_the_next_row_is_whole(tmp_path):
-    path = tmp_path / "log.jsonl"
-    for cut in range(1, len(ROW.to_line())):
-        path.write_bytes(ROW.to_line()[:cut])
-        assert read_shadow_log(path)[0] == ([ROW] if cut == len(ROW.to_line()) - 1 else [])
-    log = ShadowLog(path)
-    later = replace(ROW, bar="2024-01-01T04:00:00Z")
-    log.write(later)
-    log.close()
-    assert later in read_shadow_log(path)[0]
-    path.chmod(0o444)
-    assert later in read_shadow_log(path)[0]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_any_damaged_byte_costs_at_most_the_rows_beside_it(tmp_path, seed):
-    rng, path = random.Random(seed), tmp_path / "log.jsonl"
-    rows = [replace(ROW, bar=f"2024-01-{day:02}T00:00:00Z") for day in range(1, 29)]
-    whole = b"".join(row.to_line() for row in rows)
-    for _ in range(100):
-        damaged = bytearray(whole)
-        damaged[rng.randrange(len(whole))] = rng.randrange(256)
-        path.write_bytes(bytes(damaged))
-        assert sum(row in rows for row in read_shadow_log(path)[0]) >= 26
-
-
-def test_the_log_goes_on_in_a_forked_child(tmp_path):
-    log = ShadowLog(tmp_path / "log.jsonl")
-    log.write(ROW)
-    log.flush()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if child == 0:
-        log.write(replace(ROW, version="20250901-0009"))
-        os._exit(0 if log.flush() else 1)
-    assert os.waitpid(child, 0)[1] == 0
-    assert len(read_shadow_log(tmp_path / "log.jsonl")[0]) == 2
-
-
 # ---- the bot beside its shadow
 
 @pytest.fixture
@@ -199,17 +138,17 @@ def decisions(ensemble, bars):
 def test_production_and_shadow_are_logged_for_each_bar_and_the_decisions_are_those_without_a_log(store, bars, tmp_path):
     version = in_shadow(store)
     plain = ProductionEnsemble(store=store).warm_up(bars[:150])
-    logged = ProductionEnsemble(store=store, shadow_log=tmp_path / "log.jsonl").warm_up(bars[:150])
+    logged = ProductionEnsemble(store=store, prediction_log=tmp_path / "log.sqlite").warm_up(bars[:150])
     assert decisions(logged, bars[150:]) == decisions(plain, bars[150:])
-    assert logged.shadow_status(10)["version"] == version
-    rows, faults = read_shadow_log(tmp_path / "log.jsonl")
-    assert ([row.stage for row in rows], faults) == (["production", "shadow"] * 50, 0)
+    assert logged.log_status(10)["shadow"] == version
+    rows = read_log(tmp_path / "log.sqlite")
+    assert [row.stage for row in rows] == ["production", "shadow"] * 50
     assert all(one.probabilities == other.probabilities for one, other in zip(rows[::2], rows[1::2]))
     assert {row.sequence for row in rows} == {1}
 
 
 def test_another_version_in_shadow_is_noticed_and_the_stream_goes_on_without_a_warm_up(store, bars, tmp_path):
-    logged = ProductionEnsemble(store=store, shadow_log=tmp_path / "log.jsonl").warm_up(bars[:100])
+    logged = ProductionEnsemble(store=store, prediction_log=tmp_path / "log.sqlite").warm_up(bars[:100])
     seen = []
     for number, (moment, bar) in enumerate(zip(bars.index[100:110], bars[100:110].to_numpy())):
         if number in (2, 5):
@@ -217,32 +156,30 @@ def test_another_version_in_shadow_is_noticed_and_the_stream_goes_on_without_a_w
         if number == 8:
             store.end_shadow("an example")
         logged.decide(*bar, time=moment)
-        logged.shadow_status(10)
-    rows = read_shadow_log(tmp_path / "log.jsonl")[0]
+        logged.log_status(10)
+    rows = read_log(tmp_path / "log.sqlite")
     shadow, production = ({row.bar: row for row in rows if row.stage == stage} for stage in ("shadow", "production"))
     assert [row.version for row in shadow.values()] == [seen[0]] * 3 + [seen[1]] * 3
     assert all((row.probabilities, row.reason) == (production[bar].probabilities, production[bar].reason) for bar, row in shadow.items())
     assert sum(row.probabilities is not None for row in shadow.values()) >= 4, next(iter(shadow.values()))
 
 
-def test_after_a_gap_in_what_the_shadow_saw_it_abstains_during_a_warm_up_and_then_goes_on(store, bars, tmp_path, monkeypatch):
+def test_bars_that_were_dropped_from_the_queue_cost_those_bars_only(store, bars, tmp_path, monkeypatch):
     in_shadow(store)
-    logged = ProductionEnsemble(store=store, shadow_log=tmp_path / "log.jsonl").warm_up(bars[:100])
-    logged.shadow_status(10)
+    logged = ProductionEnsemble(store=store, prediction_log=tmp_path / "log.sqlite").warm_up(bars[:100])
     with monkeypatch.context() as patch:
-        patch.setattr(ShadowLog, "submit", lambda log, job: None)          # dropped
+        patch.setattr(PredictionLog, "submit", lambda log, job: None)          # dropped
         decisions(logged, bars[100:102])
-    with pytest.warns(RuntimeWarning, match="starts anew"):
-        decisions(logged, bars[102:])
-        logged.shadow_status(10)
-    shadow = [row for row in read_shadow_log(tmp_path / "log.jsonl")[0] if row.stage == "shadow"]
-    assert [bool(row.probabilities) for row in shadow] == [False] * 49 + [True] * 48
-    assert shadow[0].reason.startswith("warm-up")
+    expected = decisions(ProductionEnsemble(store=store).warm_up(bars[:102]), bars[102:])
+    decisions(logged, bars[102:])
+    logged.log_status(10)
+    shadow = [row for row in read_log(tmp_path / "log.sqlite") if row.stage == "shadow"]
+    assert [row.probabilities for row in shadow] == [None if each.reason else each.probabilities for each in expected]
 
 
 @pytest.mark.parametrize("fault", ["damaged", "pointer", "pickle", "folder", "no folder", "full"])
 def test_no_fault_of_shadow_or_disk_changes_or_delays_a_decision(store, bars, tmp_path, fault):
-    version, path = in_shadow(store), tmp_path / "log.jsonl"
+    version, path = in_shadow(store), tmp_path / "log.sqlite"
     model = store.root / f"shadow/production_ensemble_{version}.pkl"
     if fault == "damaged":
         model.write_bytes(model.read_bytes()[:-5])
@@ -253,37 +190,23 @@ def test_no_fault_of_shadow_or_disk_changes_or_delays_a_decision(store, bars, tm
     elif fault == "folder":
         path.mkdir()
     elif fault == "no folder":
-        path = tmp_path / "nowhere" / "log.jsonl"
+        path = tmp_path / "nowhere" / "log.sqlite"
     else:
         path = "/dev/full"
     expected = decisions(ProductionEnsemble(store=store).warm_up(bars[:150]), bars[150:])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        logged = ProductionEnsemble(store=store, shadow_log=path).warm_up(bars[:150])
+        logged = ProductionEnsemble(store=store, prediction_log=path).warm_up(bars[:150])
         assert decisions(logged, bars[150:]) == expected
-        status = logged.shadow_status(10)
+        status = logged.log_status(10 if fault in ("damaged", "pointer", "pickle") else 0.5)
     assert status["dropped"] + status["faults"] > 0 and status["last_fault"]
     if fault in ("damaged", "pointer", "pickle"):
-        assert len(read_shadow_log(path)[0]) == 50                 # production is logged all the same
-
-
-def test_a_slow_disk_delays_no_decision_and_what_does_not_fit_is_counted(store, bars, tmp_path, monkeypatch):
-    released = threading.Event()
-    monkeypatch.setattr("ml_ensemble.shadow_log.append_row", lambda path, row: released.wait(20))
-    logged = ProductionEnsemble(store=store, shadow_log=tmp_path / "log.jsonl").warm_up(bars[:150])
-    begin = time.perf_counter()
-    with pytest.warns(RuntimeWarning, match="queue of 1000 jobs is full"):
-        for _ in range(30):
-            logged.warm_up(bars[:150])
-            decisions(logged, bars[150:])
-    assert time.perf_counter() - begin < 15
-    assert logged.shadow_status()["dropped"] > 400
-    released.set()
+        assert len(read_log(path)) == 50                 # production is logged all the same
 
 
 def test_a_log_is_for_the_version_in_production(store):
-    with pytest.raises(ConfigError, match="shadow_log"):
-        ProductionEnsemble(store.current()["version"], store=store, shadow_log="x")
+    with pytest.raises(ConfigError, match="prediction_log"):
+        ProductionEnsemble(store.current()["version"], store=store, prediction_log="x")
 
 
 # ---- the store
@@ -398,7 +321,7 @@ def staged_store(folder, market, production, shadow):
     ("worse", "good", {"promote"}), ("good", "equal", {"keep", "not enough evidence"}), ("good", "worse", {"keep"})])
 def test_a_better_version_is_promoted_an_equal_one_not_and_a_worse_one_kept_out(tmp_path, market, production, shadow, outcomes):
     kept = staged_store(tmp_path / "models", market, production, shadow)
-    verdict, facts = promote_from_shadow(kept, QUICK, log=tmp_path / "log.jsonl", replay=True, candles=market[0])
+    verdict, facts = promote_from_shadow(kept, QUICK, log=tmp_path / "log.sqlite", replay=True, candles=market[0])
     assert verdict.outcome in outcomes
     assert (facts is not None) == (verdict.outcome == "promote") == (kept.current()["sequence"] == 2)
     assert json.loads(json.dumps(verdict.to_dict()))["replayed"] == verdict.to_dict()["bars"] > 3000
@@ -426,7 +349,7 @@ def restore_from(model):
 
 def test_the_evidence_goes_on_with_a_newer_version_in_shadow_and_starts_anew_after_a_change_of_production(tmp_path, market):
     candles, models, facts = market
-    kept, log = staged_store(tmp_path / "models", market, "worse", "good"), tmp_path / "log.jsonl"
+    kept, log = staged_store(tmp_path / "models", market, "worse", "good"), tmp_path / "log.sqlite"
     first = shadow_verdict(kept, QUICK, log=log, replay=True, append=True, candles=candles.iloc[:2300])
     in_shadow(kept, models["equal"], facts)
     second = shadow_verdict(kept, QUICK, log=log, replay=True, append=True, candles=candles.iloc[:2600])
@@ -490,9 +413,9 @@ def test_promote_takes_a_version_or_shadow_and_not_both(words, store, monkeypatc
     assert isinstance(CliRunner().invoke(app, words).exception, ConfigError)
 
 
-@pytest.mark.parametrize("content, problem", [(None, "there is no log"), ("time,open\n1,2\n", "is not a log of predictions: 2 lines")])
+@pytest.mark.parametrize("content, problem", [(None, "there is no log"), ("time,open\n1,2\n", "cannot be read as a log of predictions")])
 def test_a_log_that_is_none_is_an_error(market, tmp_path, content, problem):
-    kept, path = staged_store(tmp_path / "models", market, "good", "worse"), tmp_path / "shadow.jsonl"
+    kept, path = staged_store(tmp_path / "models", market, "good", "worse"), tmp_path / "log.sqlite"
     if content is not None:
         path.write_text(content)
     with pytest.raises(StoreError, match=problem):
