@@ -207,6 +207,8 @@ def read_records(path: str | Path, after: int = 0) -> list[tuple[int, tuple]]:
         return []
     try:
         with closing(sqlite3.connect(f"{Path(path).resolve().as_uri()}?mode=ro", uri=True, timeout=5.0)) as connection:
+            if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                return []                                         # its writer was killed before the first row
             found = {column[1] for column in connection.execute("PRAGMA table_info(predictions)")}
             if not {"market", "bar", "version", "stage", "id"} <= found:
                 raise StoreError(f"{path} is not a log of predictions", "Name the file that the bot writes (prediction_log=...).")
@@ -288,6 +290,17 @@ def _file_identity(path: Path) -> tuple | None:
     return found.st_dev, found.st_ino
 
 # %% ../nbs/09_prediction_log.ipynb #a1b90012
+_BATCH_SECONDS, _BATCH_ROWS, _MAX_WAIT = 0.02, 400, 5.0
+
+def _next_jobs(jobs: queue.SimpleQueue, ended: threading.Event) -> list:
+    "Wait for a job; it and those that follow soon."
+    found = [jobs.get()]
+    ended.wait(_BATCH_SECONDS)
+    with suppress(queue.Empty):
+        while len(found) < _BATCH_ROWS:
+            found.append(jobs.get_nowait())
+    return found
+
 class _Counters:
     """What was written and what was not; the first problem of each kind is a warning."""
 
@@ -307,8 +320,6 @@ class _Counters:
                      RuntimeWarning, stacklevel=2)
 
 # %% ../nbs/09_prediction_log.ipynb #a1b90013
-_BATCH_SECONDS, _BATCH_ROWS, _MAX_WAIT = 0.02, 400, 5.0
-
 class _Worker:
     """Queue and thread of a log."""
 
@@ -375,15 +386,6 @@ class _Worker:
             self.jobs.put(None)
             self.ended.set()
             self.thread.join(timeout)
-
-def _next_jobs(jobs: queue.SimpleQueue, ended: threading.Event) -> list:
-    "Wait for a job; it and those that follow soon."
-    found = [jobs.get()]
-    ended.wait(_BATCH_SECONDS)
-    with suppress(queue.Empty):
-        while len(found) < _BATCH_ROWS:
-            found.append(jobs.get_nowait())
-    return found
 
 # %% ../nbs/09_prediction_log.ipynb #0cc9d84d
 class PredictionLog:

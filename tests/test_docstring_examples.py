@@ -56,7 +56,7 @@ FRONT_DOORS = (
     ("prediction_log", "PredictionLog"),
     ("forecast_comparison", "compare_scores"),
     ("forecast_comparison", "bars_until_decided"),
-    ("ensemble", "ProductionEnsemble.shadow_status"),
+    ("ensemble", "ProductionEnsemble.log_status"),
     ("store_records", "check_chain"),
     ("signing", "generate_key"),
     ("live", "Decision"),
