@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROMOTE', 'KEEP', 'UNDECIDED', 'PairedPredictions', 'version_labels', 'pair_predictions', 'ShadowVerdict',
-           'judge_pairs', 'replay_rows', 'shadow_verdict', 'promote_from_shadow']
+           'judge_pairs', 'replay_rows', 'open_version', 'predicted_rows', 'shadow_verdict', 'promote_from_shadow']
 
 # %% ../nbs/57_shadow.ipynb #76ec4225
 from collections.abc import Sequence
@@ -248,14 +248,14 @@ def replay_rows(store: ModelStore, candles: pd.DataFrame, features: FeatureManag
         There is no version in production or in shadow.
     """
     versions = {"production": store.read(), "shadow": _in_shadow(store)}
-    loaded = {stage: _open(facts, model, features) for stage, (facts, model) in versions.items()}
+    loaded = {stage: open_version(facts, model, features) for stage, (facts, model) in versions.items()}
     newest = [each.newest_ns for each in loaded.values()]
     if None in newest:
         return []
     times = candles.index.as_unit("ns")
-    start = int(np.searchsorted(times.asi8, max(time for time in newest if time is not None), side="right"))
+    unseen = times.asi8 > max(time for time in newest if time is not None)
     written, sequence = iso(store.clock()), versions["production"][0]["sequence"]
-    return [row for stage, each in loaded.items() for row in _replayed(each, candles, start, stage, sequence, written)]
+    return [row for stage, each in loaded.items() for row in predicted_rows(each, candles, unseen, stage, sequence, written)]
 
 def _in_shadow(store: ModelStore) -> tuple[dict, bytes]:
     found = read_shadow(store)
@@ -263,24 +263,42 @@ def _in_shadow(store: ModelStore) -> tuple[dict, bytes]:
         raise ModelNotFoundError("there is no version in shadow", "Run `ml-ensemble retrain --set production.deployment=shadow`.")
     return found
 
-def _open(facts: dict, model: bytes, features: FeatureManager | None) -> LoadedModel:
-    "A version with the features it was trained on: the given ones, or the 12."
+def open_version(facts: dict, model: bytes, features: FeatureManager | None) -> LoadedModel:
+    "A version from its metadata and model, with the features it was trained on: the given ones, or the 12."
     try:
         return open_payload(read_payload(model), facts, features)
     except FeatureError:
         return open_payload(read_payload(model), facts)
 
-def _replayed(loaded: LoadedModel, candles: pd.DataFrame, start: int, stage: str, sequence: int, written: str) -> list[PredictionRow]:
-    "Rows of one version for the bars from `start` on."
-    if start >= len(candles):
+def predicted_rows(loaded: LoadedModel, candles: pd.DataFrame, rows: np.ndarray, stage: str, sequence: int,
+                   written: str) -> list[PredictionRow]:
+    """Predictions of a version, computed afterwards from candles.
+
+    Parameters
+    ----------
+    loaded : LoadedModel
+        The version.
+    candles : pandas.DataFrame, shape (T, 5)
+        Candles up to now, of closed bars.
+    rows : numpy.ndarray, shape (T,), bool
+        Bars to predict.
+    stage, sequence, written
+        As in `PredictionRow`.
+
+    Returns
+    -------
+    list of PredictionRow
+        One for each bar, marked as `replayed`, with its features.
+    """
+    if not rows.any():
         return []
-    proba = predict_proba(loaded, loaded.manager.generate_features(candles))[start:]
-    rows = []
-    for time, p, chosen in zip(candles.index[start:], proba.tolist(), decide_rows(loaded, proba).tolist()):
+    features = loaded.manager.generate_features(candles)
+    proba, values, found = predict_proba(loaded, features)[rows], features.to_numpy()[rows].tolist(), []
+    for time, p, chosen, own in zip(candles.index[rows], proba.tolist(), decide_rows(loaded, proba).tolist(), values):
         reason = "" if p[0] == p[0] else "no prediction: warm-up, or outside the training range"
         decision = Decision(p[-1], CLASS_NAMES[chosen], reason, loaded.version, tuple(p))
-        rows.append(prediction_row(loaded, iso(time), decision, stage, sequence, written, replayed=True))
-    return rows
+        found.append(prediction_row(loaded, iso(time), decision, stage, sequence, written, replayed=True, values=own))
+    return found
 
 # %% ../nbs/57_shadow.ipynb #a76f9ce3
 def _logged_rows(path: str | Path, replay: bool) -> list[PredictionRow]:
