@@ -77,7 +77,9 @@ PUBLIC = {
     """,
     "first_page": "Page first_page provenance read_candidate what_would_change",
     "fleet": "judge_fleet",
-    "forecast_comparison": "ScoreComparison bars_until_decided compare_scores plot_comparison",
+    "forecast_comparison": """
+        ScoreComparison alarm_delay alarm_evidence bars_until_decided brier_bound compare_scores least_delay plot_comparison
+    """,
     "indicators": """
         COMPILE_FROM MAX_NUMBER MIN_PRICE STATE WARMUP WINDOW compile_kernel compile_or_warn compiled compute feed
         is_valid_bar new_memory new_state pays_to_compile read_only update_bar
