@@ -319,7 +319,7 @@ def _time_roles(table: pd.DataFrame, names: list[tuple[str, ...]], options: Read
         return {}
     numeric = [k for k in times if types.is_numeric_dtype(table.iloc[:, k])]
     time = numeric[0] if numeric and len(times) > 1 else _pick("time", times, names)
-    for other in times:
+    for other in (k for k in times if k != time):
         _check_agreement(table, names, time, other, options.time)
     clocks = [k for k in _candidates(names, "clock") if k != time and _is_clock(table.iloc[:, k])]
     return {"time": time} | ({"clock": clocks[0]} if clocks and _is_date(table.iloc[:, time], options.time) else {})
