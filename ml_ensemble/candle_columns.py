@@ -91,7 +91,10 @@ def _decimal_separator(
     "Decimal separator of all columns together; AmbiguousDataError if their values do not decide."
     if given:
         return given
-    texts = [_bare(column.dropna())[0].dropna() for column in columns if not types.is_numeric_dtype(column)]
+    columns_of_text = [column.dropna() for column in columns if not types.is_numeric_dtype(column)]
+    if not any(column.astype(str).str.contains(",", regex=False).any() for column in columns_of_text):
+        return "."
+    texts = [_bare(column)[0].dropna() for column in columns_of_text]
     unclear = [text for text in texts if pd.to_numeric(text, errors="coerce").isna().any()]
     if not any(text.str.contains(",").any() for text in unclear) or any((column % 1).any() for column in columns
                                                                        if types.is_float_dtype(column)):
