@@ -91,7 +91,10 @@ def _decimal_separator(
     "Decimal separator of all columns together; AmbiguousDataError if their values do not decide."
     if given:
         return given
-    texts = [_bare(column.dropna())[0].dropna() for column in columns if not types.is_numeric_dtype(column)]
+    columns_of_text = [column.dropna() for column in columns if not types.is_numeric_dtype(column)]
+    if not any(column.astype(str).str.contains(",", regex=False).any() for column in columns_of_text):
+        return "."
+    texts = [_bare(column)[0].dropna() for column in columns_of_text]
     unclear = [text for text in texts if pd.to_numeric(text, errors="coerce").isna().any()]
     if not any(text.str.contains(",").any() for text in unclear) or any((column % 1).any() for column in columns
                                                                        if types.is_float_dtype(column)):
@@ -319,7 +322,7 @@ def _time_roles(table: pd.DataFrame, names: list[tuple[str, ...]], options: Read
         return {}
     numeric = [k for k in times if types.is_numeric_dtype(table.iloc[:, k])]
     time = numeric[0] if numeric and len(times) > 1 else _pick("time", times, names)
-    for other in times:
+    for other in (k for k in times if k != time):
         _check_agreement(table, names, time, other, options.time)
     clocks = [k for k in _candidates(names, "clock") if k != time and _is_clock(table.iloc[:, k])]
     return {"time": time} | ({"clock": clocks[0]} if clocks and _is_date(table.iloc[:, time], options.time) else {})

@@ -95,7 +95,7 @@ def _split(text: pd.Series) -> pd.DataFrame:
 def _integers(parts: pd.DataFrame, *names: str, default: int | None = None) -> np.ndarray:
     "(T,) float64 of the first of the named groups that is present; NaN, or the default, where none is."
     numbers = pd.Series(np.nan, index=parts.index)
-    for name in names:
+    for name in (name for name in names if parts[name].notna().any()):
         column = parts[name].str.lower().map(_MONTHS) if name.startswith("month") else pd.to_numeric(parts[name].str.replace(",", "."))
         numbers = numbers.fillna(column.astype(float))
     return numbers.to_numpy() if default is None else numbers.fillna(default).to_numpy()

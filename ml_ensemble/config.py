@@ -13,7 +13,9 @@ __all__ = ['Section', 'DataSettings', 'FeatureSettings', 'LabelSettings', 'Valid
 import os
 import re
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from difflib import get_close_matches
+from functools import lru_cache
 from html import escape
 from pathlib import Path
 from typing import Annotated, Literal
@@ -304,11 +306,15 @@ class _SettingsLoader(yaml.SafeLoader):
         return text
 
 # %% ../nbs/21_config.ipynb #21a00003
+@lru_cache(maxsize=16)
+def _value_of_yaml(text: str):
+    "The value of a YAML text, parsed once: each load of the settings reads the same files several times."
+    return _SettingsLoader(text).get_single_data()
+
 def _parse_yaml(text: str):
-    "The value of a YAML text; ValueError with the reason and the place."
+    "The value of a YAML text, which may be changed; ValueError with the reason and the place."
     try:
-        loader = _SettingsLoader(text)
-        return loader.get_single_data()
+        return deepcopy(_value_of_yaml(text))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""

@@ -18,6 +18,7 @@ with requires_extra():
     import numpy as np
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
     from matplotlib.figure import Figure
 
@@ -75,9 +76,13 @@ def _narrow(figure: Figure) -> Figure:
     return copy
 
 def _png(figure: Figure) -> str:
-    "PNG, base64."
-    image = BytesIO()
-    figure.savefig(image, format="png", dpi=150, facecolor="white")
+    "PNG, base64; drawn once, where `savefig` draws a figure with a layout twice."
+    image, shown = BytesIO(), (figure.canvas, figure.dpi, figure.get_facecolor())
+    canvas = FigureCanvasAgg(figure)
+    figure.set(dpi=150, facecolor="white")
+    canvas.print_png(image)
+    figure.set(dpi=shown[1], facecolor=shown[2])
+    figure.set_canvas(shown[0])
     return b64encode(image.getvalue()).decode()
 
 class ReportFigure:

@@ -222,8 +222,8 @@ def skill_sources(
     used = np.flatnonzero((walk.fold > walk.fold.min()) & (np.arange(len(walk.y)) < len(walk.y) - 1))
     columns = {}
     if at_close is not None:
-        used = used[np.isin(walk.time[used], at_close.time)]
-        close = at_close.time.get_indexer(walk.time[used])
+        place = at_close.time.get_indexer(walk.time[used])
+        used, close = used[place >= 0], place[place >= 0]
         columns["close"] = loss(at_close, at_close.prior)[close], loss(at_close, at_close.proba)[close]
     columns |= {
         "entry": (loss(oos, oos.prior)[used], loss(oos, oos.proba)[used]),

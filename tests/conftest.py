@@ -33,10 +33,10 @@ settings.load_profile("repeatable")
 # A retrain small enough for a test: every part runs, with fewer bars, trees and replications.
 QUICK = ("allow_simulated=true", "days=700", "lightgbm.n_estimators=40", "xgboost.n_estimators=40", "random_forest.n_estimators=40",
          "learning_rate=0.1", "n_splits=3",
-         "replications=200", "min_samples=4000", "audit.cuts=20")
+         "replications=200", "min_samples=4000", "audit.cuts=4")
 # Still smaller, and promoted whatever its figures: where the verdict is not the point.
-TINY = (*QUICK, "days=300", "n_estimators=10", "min_samples=1000", "min_class_rows=1", "min_weighted_f1=-1",
-        "min_f1_over_majority=-1", "min_skill_lower=-1", "min_direction_lower=-1", "min_probabilistic_sharpe=1e-9",
+TINY = (*QUICK, "days=300", "n_estimators=10", "replications=100", "audit.cuts=2", "min_samples=1000", "min_class_rows=1",
+        "min_weighted_f1=-1", "min_f1_over_majority=-1", "min_skill_lower=-1", "min_direction_lower=-1", "min_probabilistic_sharpe=1e-9",
         "max_calibration_error=1")
 
 

@@ -1,6 +1,7 @@
 """Market data across modules: files in and out, named faults, repairs, and the sandbox's truth against its candles."""
 import gzip
 import math
+from functools import cache
 
 import arch.data.nasdaq
 import numpy as np
@@ -304,11 +305,17 @@ def labels(candles, threshold, entry):
     return (price[1:] / price[:-1] - 1 > threshold)[:len(price) - 2]
 
 
+@cache
+def markets_of(kind):
+    """Six markets of a kind, simulated once for all thresholds and entries."""
+    return MARKETS if kind == "documented" else [simulate_market(seed=seed, **KINDS[kind]) for seed in range(6)]
+
+
 @pytest.mark.parametrize("entry", ["next_open", "close"])
 @pytest.mark.parametrize("threshold", [0.003, -0.01, 0.0, 0.01])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_true_probability_is_calibrated_at_any_threshold_and_entry(kind, threshold, entry):
-    markets = MARKETS if kind == "documented" else [simulate_market(seed=seed, **KINDS[kind]) for seed in range(6)]
+    markets = markets_of(kind)
     p = np.concatenate([true_probability(*market, threshold, entry).to_numpy()[:-2] for market in markets])
     y = np.concatenate([labels(candles, threshold, entry) for candles, _ in markets])
     for part in np.array_split(np.argsort(p, kind="stable"), 10):

@@ -56,6 +56,7 @@ def test_the_store_has_the_documented_layout(trained):
     assert here - {".lock", ".lock_holder"} == expected | backups
 
 
+@pytest.mark.untraced
 def test_the_configuration_as_it_stands_passes_its_gate_on_the_documented_market(store, in_this_process):
     outcome = run(store, base=("allow_simulated=true",))
     assert outcome.promoted, str(outcome.verdict)
@@ -241,6 +242,7 @@ def test_a_wrong_setting_fails_before_any_work(store, override):
     assert not store.root.exists()
 
 
+@pytest.mark.untraced
 def test_nasdaq_is_refused_with_reasons_and_production_stays(trained_copy, nasdaq, tmp_path, inbox, in_this_process):
     nasdaq.to_csv(tmp_path / "nasdaq.csv")
     store, champion = trained_copy, trained_copy.current()["version"]
