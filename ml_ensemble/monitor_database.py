@@ -12,7 +12,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 from types import ModuleType
 
@@ -105,7 +105,7 @@ def migrate(connection: sa.Connection) -> None:
 
     def missing(heads: tuple[str, ...], context: MigrationContext) -> list[RevisionStep]:
         upwards = reversed(list(revisions.iterate_revisions("heads", heads[0] if heads else "base")))
-        return [RevisionStep(revisions, revision, True) for revision in upwards]
+        return [RevisionStep(revisions, revision, True) for revision in upwards if isinstance(revision, Script)]
 
     context = MigrationContext.configure(connection, opts={"fn": missing, "transactional_ddl": True})
     try:
@@ -242,9 +242,9 @@ class MonitorDatabase:
         dialect = postgresql if self.engine.dialect.name == "postgresql" else sqlite
         count = sa.select(sa.func.count()).select_from(table)
         with _explained(self.url), self.engine.begin() as connection:
-            before = connection.scalar(count)
+            before = connection.execute(count).scalar_one()
             connection.execute(dialect.insert(table).on_conflict_do_nothing(), records)
-            return int(connection.scalar(count) - before)
+            return int(connection.execute(count).scalar_one() - before)
 
 # %% ../nbs/60_monitor_database.ipynb #60a00012
 def _read_table(database: MonitorDatabase, table: sa.Table, market: str | None, since: datetime | None, equal: dict) -> pd.DataFrame:
@@ -281,8 +281,8 @@ def _write_outcomes(database: MonitorDatabase, outcomes: pd.DataFrame, repair: b
     changed = 0
     if repair and len(outcomes):
         old = database.read(OUTCOMES, outcomes["market"].iloc[0], outcomes["bar"].min().to_pydatetime()).set_index(_KEYS)
-        same = [record for record in records if (key := tuple(pd.Timestamp(record[k]) if k == "bar" else record[k] for k in _KEYS)) in old.index
-                and _differs(old.loc[key], record)]
+        keys = [(record["market"], pd.Timestamp(record["bar"]), record["meaning"]) for record in records]
+        same = [record for key, record in zip(keys, records) if key in old.index and _differs(old.loc[key], record)]
         with _explained(database.url), database.engine.begin() as connection:
             for record in same:
                 where = sa.and_(*(OUTCOMES.c[name] == record[name] for name in _KEYS))

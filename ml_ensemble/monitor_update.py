@@ -7,7 +7,6 @@ __all__ = ['database_url', 'log_paths', 'collect_log', 'MonitorUpdate', 'update_
 
 # %% ../nbs/61_monitor_update.ipynb #61a00003
 import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -20,16 +19,14 @@ from .core import MarkdownRepr, MLEnsembleError, ModelNotFoundError, StoreError,
 
 with requires_extra():
     import pandas as pd
-    import sqlalchemy as sa
 
 from .base_learners import class_shares, encode
 from .champion import production_periods, times_in_utc
 from .config import Settings, feature_manager
 from .labels import make_labels, next_returns
 from .market_data import Market
-from .monitor_database import LOGS, OUTCOMES, PREDICTIONS, UPDATES, MonitorDatabase
+from .monitor_database import LOGS, UPDATES, MonitorDatabase
 from .prediction_log import PredictionRow, from_record, read_records
-from .recipe import recipe_classes
 from .retrain_steps import market_label
 from .run_settings import get_market
 from .shadow import open_version, predicted_rows, version_labels
@@ -37,7 +34,7 @@ from .skill_sources import volatility_forecast
 from .store_records import meaning_digest
 from .trading_costs import entry_delay, known_spread, side_cost
 from .versioning import ModelStore, present_or_damaged, read_shadow
-from .walk_forward import TrainingSet, make_training_set
+from .walk_forward import Predictions, TrainingSet, make_training_set
 
 # %% ../nbs/61_monitor_update.ipynb #61a00006
 def database_url(settings: Settings, store: ModelStore) -> str:
@@ -170,13 +167,6 @@ def _previous_version(store: ModelStore) -> tuple[dict, bytes] | None:
 
 _WEEK_NS = 7 * 24 * 3600 * 10**9
 
-@dataclass(frozen=True)
-class _Rows:
-    """Rows for `volatility_forecast`: time (N,), fold (N,) and prior (N, K)."""
-    time: pd.DatetimeIndex
-    fold: np.ndarray
-    prior: np.ndarray
-
 def _baseline_rows(context: _Context) -> int:
     "Rows of the two forecasts without a model, for bars of production whose label is settled."
     data, production = context.data, context.database.bars(context.market, stage="production")
@@ -188,7 +178,9 @@ def _baseline_rows(context: _Context) -> int:
     weeks = times.asi8 // _WEEK_NS
     used = np.isin(weeks, np.unique(weeks[wanted])) & (weeks > weeks[0])          # whole weeks: the same fit at each update
     prior = _priors(context, times)[used]
-    forecast = volatility_forecast(data, _Rows(data.features.index[used], weeks[used], prior), context.candles)
+    rows = Predictions(time=data.features.index[used], y=data.y[used], proba=prior, prior=prior, fold=weeks[used],
+                       previous=data.y[used], classes=data.classes)
+    forecast = volatility_forecast(data, rows, context.candles)
     kept = wanted[used]
     return sum(context.database.add_predictions(_forecast_rows(context, name, times[used][kept], proba[kept]))
                for name, proba in (("prior", prior), ("volatility", forecast)))
@@ -325,7 +317,8 @@ def update_monitoring(store: ModelStore, settings: Settings, database: MonitorDa
     outcomes, repaired = _join_outcomes(context, repair)
     settled = database.outcome_bars(context.market, meaning_digest(facts))
     waiting = int((~database.bars(context.market, stage="production", meaning=meaning_digest(facts)).isin(settled)).sum())
-    result = MonitorUpdate(context.market, iso(context.times[-1]), collected, **counts, outcomes=outcomes, repaired=repaired, waiting=waiting)
+    result = MonitorUpdate(context.market, iso(context.times[-1]), collected, **counts, outcomes=outcomes, repaired=repaired,
+                           waiting=waiting)
     database.append_row(UPDATES, {"at": store.clock(), "market": context.market, "facts": readable_json(result.to_dict())})
     return result
 

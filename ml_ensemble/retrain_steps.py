@@ -502,7 +502,8 @@ def _provenance(settings: Settings, market: Market, data: TrainingSet, store: Mo
     "Fields common to production and training metadata."
     description = _describe_data(settings, market, data, present_or_damaged(store))
     return {"created_at": iso(store.clock()), "data": description,
-            "configuration": settings.model_dump(exclude={"store", "monitor"}), "git": _git_state(find_project()), "packages": _package_versions()}
+            "configuration": settings.model_dump(exclude={"store", "monitor"}), "git": _git_state(find_project()),
+            "packages": _package_versions()}
 
 def trading_facts(sources: SkillSources, result: Backtest, money: Money, economics: LabelEconomics) -> dict:
     "Metadata fields on the sources of skill and on trading results."
