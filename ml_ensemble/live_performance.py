@@ -7,7 +7,7 @@ __all__ = ['LiveRows', 'live_rows', 'LiveFigures', 'live_figures', 'bar_returns'
            'validated_gain', 'plot_live_skill', 'plot_skill_tests']
 
 # %% ../nbs/62_live_performance.ipynb #62a00003
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -140,7 +140,8 @@ def _logged_features(live: pd.DataFrame) -> pd.DataFrame | None:
     if packed.isna().all():
         return None
     width = len(packed.dropna().iloc[-1])
-    values = [np.frombuffer(each, "<f8") if isinstance(each, bytes) and len(each) == width else np.full(width // 8, np.nan) for each in packed]
+    none = np.full(width // 8, np.nan)
+    values = [np.frombuffer(each, "<f8") if isinstance(each, bytes) and len(each) == width else none for each in packed]
     return pd.DataFrame(np.array(values), index=live.index)
 
 # %% ../nbs/62_live_performance.ipynb #62a00009
@@ -168,9 +169,9 @@ class LiveFigures(MarkdownRepr):
         return (f"{self.bars:,} settled bars, {self.first[:10]} to {self.last[:10]}{abstained}\n\n"
                 f"| figure | value | 95 % interval |\n|---|--:|:-:|\n{rows}")
 
-_TITLES = {"log_loss": "log loss", "skill": "skill", "volatility": "skill of volatility alone", "beyond_volatility": "skill beyond volatility",
-           "weighted_f1": "weighted F1", "calibration_error": "calibration error", "hit_rate": "hit rate of buys",
-           "net_return": "return after costs", "hold_return": "buy and hold"}
+_TITLES = {"log_loss": "log loss", "skill": "skill", "volatility": "skill of volatility alone",
+           "beyond_volatility": "skill beyond volatility", "weighted_f1": "weighted F1", "calibration_error": "calibration error",
+           "hit_rate": "hit rate of buys", "net_return": "return after costs", "hold_return": "buy and hold"}
 _SHARES, _RETURNS = ("hit_rate",), ("net_return", "hold_return")
 
 def _shown(name: str, value: float | None) -> str:
@@ -201,10 +202,10 @@ def live_figures(rows: LiveRows, settings: Settings, replications: int = 500) ->
     """
     used = rows.take(rows.settled("prior"))
     abstained = int((~rows.predicted & rows.table["label"].notna().to_numpy()).sum())
-    span = [iso(used.table.index[k]) for k in (0, -1)] if len(used) else ["", ""]
-    if len(used) < _FEWEST:
-        return LiveFigures(len(used), *span, abstained, {})
-    return LiveFigures(len(used), *span, abstained, {**_skill_figures(used, settings, replications), **_money_figures(used)})
+    first, last = (iso(used.table.index[k]) if len(used) else "" for k in (0, -1))
+    enough = len(used) >= _FEWEST
+    figures = {**_skill_figures(used, settings, replications), **_money_figures(used)} if enough else {}
+    return LiveFigures(len(used), first, last, abstained, figures)
 
 # %% ../nbs/62_live_performance.ipynb #62a00010
 def _skill_figures(used: LiveRows, settings: Settings, replications: int) -> dict[str, tuple]:
@@ -386,7 +387,7 @@ def validated_gain(store: ModelStore, version: str) -> float | None:
 
 # %% ../nbs/62_live_performance.ipynb #62a00015
 def plot_live_skill(rows: LiveRows, window: int = 180) -> Figure:
-    "Plot of skill and return over time: rolling skill of the model and of volatility above, money after costs below; promotions are marked."
+    "Plot of the rolling skill of the model and of volatility, and of the money after costs; promotions are marked."
     figure = Figure(figsize=(9, 5.4), dpi=110, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     used = rows.take(rows.settled("prior"))
