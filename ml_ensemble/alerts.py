@@ -72,7 +72,9 @@ _EVENTS = {                       # event -> title, kind of the message
     "overdue": ("no retrain has run", "failure"),
     "fault": ("not fit to trade", "failure"),
     "change": ("production was changed by hand", "info"),
-    "shadow": ("verdict on the version in shadow", "info")}
+    "shadow": ("verdict on the version in shadow", "info"),
+    "live": ("ALARM about the live model", "failure"),
+    "monitoring": ("monitoring does not work", "failure")}
 
 @dataclass(frozen=True, kw_only=True)
 class Alert:

@@ -204,7 +204,7 @@ def _compared_settings(configuration: dict) -> dict:
 def _same_recipe(settings: Settings, facts: dict) -> bool:
     "Whether a version was trained with these settings and today's features."
     recorded = facts.get("configuration") or {}
-    same = _compared_settings(json.loads(settings.model_dump_json(exclude={"store"}))) == _compared_settings(recorded)
+    same = _compared_settings(json.loads(settings.model_dump_json(exclude={"store", "monitor"}))) == _compared_settings(recorded)
     complete = {"gate", "report", "metrics", "data"} <= set(facts)
     return complete and same and facts.get("fingerprint") == feature_manager(settings).fingerprint
 
@@ -257,7 +257,7 @@ def _refused_before(settings: Settings, store: ModelStore, options: Sequence[obj
         return None
     report = store.root / "reports" / Path(refusal["report"]).name
     try:
-        configuration = json.loads(settings.model_dump_json(exclude={"store"}))
+        configuration = json.loads(settings.model_dump_json(exclude={"store", "monitor"}))
         known = _inputs(configuration, feature_manager(settings).fingerprint, get_market(settings).data_hash,
                         current["sequence"] if current else 0, options)
         candidate = _read_object(report.with_suffix(".json"), store.root) if known == refusal["inputs"] else {}
