@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['Condition', 'LiveQuality', 'measure_quality', 'compare_features', 'live_drift', 'LiveState', 'live_state',
-           'AlarmChanges', 'record_conditions', 'send_alarms']
+           'AlarmChanges', 'record_conditions', 'send_alarms', 'alert_unusable', 'note_usable']
 
 # %% ../nbs/63_live_alarms.ipynb #63a00003
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
+from pathlib import Path
 
 import numpy as np
 
@@ -314,6 +316,11 @@ class AlarmChanges:
     open: list[dict]
     to_send: list[dict]
 
+    @property
+    def needs_retrain(self) -> bool:
+        "Whether an alarm was opened that a new version may end."
+        return any(alarm["kind"] in ("skill", "F1", "drift", "predictions", "age") for alarm in self.opened)
+
 def record_conditions(database: MonitorDatabase, state: LiveState, settings: Settings) -> AlarmChanges:
     """Open and close alarms.
 
@@ -357,13 +364,13 @@ def _bars_between(state: LiveState, earlier: pd.Timestamp, later: pd.Timestamp) 
     interval = np.median(np.diff(state.rows.table.index.asi8)) if len(state.rows) > 1 else 0
     return int((later - earlier) / pd.Timedelta(interval, unit=state.rows.table.index.unit)) if interval else 0
 
-def send_alarms(database: MonitorDatabase, state: LiveState, changes: AlarmChanges, report: str = "") -> bool:
-    "Send the alarms of a change as one alert; whether it was delivered. What was not delivered is sent again by the next check."
+def send_alarms(database: MonitorDatabase, state: LiveState, changes: AlarmChanges, *, propose: bool = False) -> bool:
+    "Send new alarms as one alert, with the proposed rollback if there is one; whether it was delivered. If not, the next check tries again."
     if not changes.to_send:
         return False
     actions = dict.fromkeys(c.action for c in state.conditions if c.action)
     alert = Alert(event="live", happened=state.sentence(), figures=[alarm["text"] for alarm in changes.to_send],
-                  action=" ".join([*actions, *([f"Proposed: {state.proposal}"] if state.proposal else [])]), report=report,
+                  action=" ".join([*actions, *([f"Proposed: {state.proposal}"] if propose and state.proposal else [])]),
                   detail=f" ({len(changes.to_send)})" if len(changes.to_send) > 1 else "")
     delivered = alert.send()
     if delivered:
@@ -371,3 +378,24 @@ def send_alarms(database: MonitorDatabase, state: LiveState, changes: AlarmChang
         for alarm in changes.to_send:
             database.replace_row(ALARMS, {"id": alarm["id"]}, {"sent": moment})
     return delivered
+
+# %% ../nbs/63_live_alarms.ipynb #63a00016
+def alert_unusable(store: ModelStore, error: MLEnsembleError) -> bool:
+    "Send one alert that monitoring does not work; none again before `note_usable`. Whether it was sent."
+    mark = _failure_mark(store)
+    if mark.exists():
+        return False
+    sent = Alert(event="monitoring", happened=error.problem, action=error.remedy).send()
+    with suppress(OSError):
+        if sent:
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.write_text(iso(store.clock()))
+    return sent
+
+def note_usable(store: ModelStore) -> None:
+    "Monitoring works again: the next failure is an alert."
+    with suppress(OSError):
+        _failure_mark(store).unlink(missing_ok=True)
+
+def _failure_mark(store: ModelStore) -> Path:
+    return store.root / "monitor" / ".failure"
