@@ -60,6 +60,7 @@ PUBLIC = {
         working_directory write_atomic
     """,
     "custom_features": "CustomFeature Window WindowBuffer custom_columns custom_feature load_custom",
+    "drift": "BatchComparison DriftAlarm DriftReport REFERENCE_VERSION STATISTICS compare_with_batch feature_reference measure_drift",
     "ensemble": "ProductionEnsemble canary_rows closed_bars load_file metadata_beside prediction_row restore_ensemble",
     "entry_point": "main",
     "evaluation": """

@@ -15,7 +15,7 @@ from ml_ensemble.quality_gate import GateInput, judge
 from ml_ensemble.recipe import blend_learners, training_set
 from ml_ensemble.recipe import out_of_fold
 from ml_ensemble.retrain_steps import (blend_table, check_first_fold, evaluate_result, fit_candidate, importance,
-                                       label_economics, learner_evaluations, rarest_class, reach_verdict, run_audit,
+                                       label_economics, learner_evaluations, monitoring_reference, rarest_class, reach_verdict, run_audit,
                                        run_backtest, run_money_bridge, run_skill_sources, stage, trading_facts)
 from ml_ensemble.run_settings import get_market
 from ml_ensemble.skill_sources import (SkillSources, above_zero, money_bridge, plot_waterfall, use_of_probabilities,
@@ -210,7 +210,8 @@ def test_a_verdict_is_reached_however_rare_a_class_is(candles, overrides, outcom
     importance(settings, data, walk, blended)
     trading = trading_facts(sources, result, money, economics)
     stage(settings, market, data=data, evaluation=evaluation, singles=singles, trading=trading, candidate=candidate,
-          verdict=verdict, leakage=leakage, store=store, run_id="run")
+          verdict=verdict, leakage=leakage, reference=monitoring_reference(data, blended.oos), store=store,
+          run_id="run")
 
 
 @pytest.mark.parametrize("classes, names", [(2, "without buy"), (3, "without sell .* and buy")])
