@@ -1179,9 +1179,10 @@ def export(
 monitor_app = typer.Typer(no_args_is_help=True, help="Watch the live model: predictions, outcomes, tests, alarms, report.")
 app.add_typer(monitor_app, name="monitor")
 _ALARM = 4
-_Alerts = Annotated[bool, typer.Option("--alert", help="Send an alert to ML_ENSEMBLE_ALERT_URLS: about new alarms, and once if monitoring fails.")]
+_Alerts = Annotated[bool, typer.Option(
+    "--alert", help="Send an alert to ML_ENSEMBLE_ALERT_URLS: about new alarms, and once if monitoring fails.")]
 _Bots = Annotated[str | None, typer.Option(
-    "--log", help="Log of a bot, ProductionEnsemble(prediction_log=FILE), or a pattern of several. Default: monitor.log of the configuration.")]
+    "--log", help="Log of a bot, ProductionEnsemble(prediction_log=FILE), or a pattern of several. Default: monitor.log.")]
 _Computed = Annotated[bool, typer.Option(
     "--replay", help="Compute predictions of production and shadow from the candles on bars that no log has.")]
 
@@ -1197,14 +1198,14 @@ def _watched(store: ModelStore, alert: bool) -> Iterator[None]:
         raise
     note_usable(store)
 
-def _moment(text: str | None, option: str):
+def _utc_argument(text: str | None, option: str):
     "A time of the command line in UTC; ConfigError if it is none."
     from datetime import datetime
     from ml_ensemble.core import in_utc
     try:
         return None if text is None else in_utc(datetime.fromisoformat(text))
     except ValueError as error:
-        raise ConfigError(f"{option} is {shorten(text or '')!r}, which is no time", "For example 2025-09-01 or 2025-09-01T04:00.") from error
+        raise ConfigError(f"{option} is {shorten(text or '')!r}, which is no time", "For example 2025-09-01T04:00.") from error
 
 # %% ../nbs/70_cli.ipynb #70b00003
 @monitor_app.command("update")
@@ -1220,7 +1221,7 @@ def monitor_update_command(
     "Collect the logs of the bots and join outcomes as they come due; may be repeated at any time."
     from ml_ensemble.config import load_settings
     load_settings(list(set_ or ()))               # a wrong setting is reported before the slow imports
-    span = {"since": _moment(begin, "--from"), "until": _moment(end, "--to")}
+    span = {"since": _utc_argument(begin, "--from"), "until": _utc_argument(end, "--to")}
     from ml_ensemble.monitor_database import read_shadow_lines
     from ml_ensemble.monitor_update import open_database, update_monitoring
     from ml_ensemble.run_settings import run_overrides
@@ -1312,7 +1313,8 @@ def monitor_report_command(
 @monitor_app.command("export")
 def monitor_export_command(
     context: typer.Context, target: Annotated[Path, typer.Option("--to", dir_okay=False, help="A .parquet file.")],
-    market: Annotated[str | None, typer.Option(help="Of this market only. Default: all.")] = None, set_: _Set = None, as_json: _Json = False,
+    market: Annotated[str | None, typer.Option(help="Of this market only. Default: all.")] = None, set_: _Set = None,
+    as_json: _Json = False,
 ):
     "Write all predictions with their outcomes to a Parquet file."
     from ml_ensemble.config import load_settings

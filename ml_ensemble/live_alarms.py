@@ -28,7 +28,7 @@ from .feature_manager import FeatureManager, input_names, scale_free
 from .live_performance import LiveFigures, LiveRows, SkillTest, live_figures, live_rows, skill_tests
 from .market_data import Market
 from .monitor_database import ALARMS, MonitorDatabase
-from .versioning import ModelStore, present_or_damaged
+from .versioning import ModelStore
 
 # %% ../nbs/63_live_alarms.ipynb #63a00006
 @dataclass(frozen=True)
@@ -126,8 +126,9 @@ def _quality_conditions(quality: LiveQuality, settings: Settings) -> list[Condit
         found.append(Condition("abstains", "live model", f"The model abstained on the newest {quality.abstaining:,} bars.",
                                "The report names the reason."))
     if quality.newest_delay_minutes is not None and quality.newest_delay_minutes > monitor.late_minutes:
-        found.append(Condition("late", "bar", f"A prediction came {quality.newest_delay_minutes:,.0f} minutes after the close of its bar, the "
-                               f"limit is {monitor.late_minutes:g}.", "Look at the source of the bot's candles, and at its clock."))
+        found.append(Condition("late", "bar", f"A prediction came {quality.newest_delay_minutes:,.0f} minutes after the close of its "
+                               f"bar, the limit is {monitor.late_minutes:g}.",
+                               "Look at the source of the bot's candles, and at its clock."))
     limit = settings.production.max_age_days
     if quality.age_days is not None and quality.age_days > limit:
         found.append(Condition("age", "live model", f"The newest training bar is {quality.age_days:.1f} days old, the limit is {limit:g}.",
@@ -189,9 +190,10 @@ def _drift_conditions(compared: BatchComparison | None, reports: dict[str, Drift
                             "Compare the candles of the bot with those of the source, and the versions of the package.")
                   for name in compared.broken]
     for kind, report in (("drift", reports.get("inputs")), ("predictions", reports.get("predictions"))):
-        worst = {alarm.feature: alarm for alarm in sorted(_newest_alarms(report), key=lambda a: a.value / a.limit)} if report else {}
-        found += [Condition(kind, alarm.feature, f"{alarm.sentence()}.", "Look at the candles of these bars; retrain if the market has changed.")
-                  for alarm in worst.values()]
+        alarms = sorted(_newest_alarms(report), key=lambda alarm: alarm.value / alarm.limit) if report else []
+        worst = {alarm.feature: alarm for alarm in alarms}
+        found += [Condition(kind, alarm.feature, f"{alarm.sentence()}.",
+                            "Look at the candles of these bars; retrain if the market has changed.") for alarm in worst.values()]
     return found
 
 # %% ../nbs/63_live_alarms.ipynb #63a00012
@@ -365,7 +367,7 @@ def _bars_between(state: LiveState, earlier: pd.Timestamp, later: pd.Timestamp) 
     return int((later - earlier) / pd.Timedelta(interval, unit=state.rows.table.index.unit)) if interval else 0
 
 def send_alarms(database: MonitorDatabase, state: LiveState, changes: AlarmChanges, *, propose: bool = False) -> bool:
-    "Send new alarms as one alert, with the proposed rollback if there is one; whether it was delivered. If not, the next check tries again."
+    "Send new alarms as one alert, with the proposed rollback; whether it was delivered. If not, the next check tries again."
     if not changes.to_send:
         return False
     actions = dict.fromkeys(c.action for c in state.conditions if c.action)

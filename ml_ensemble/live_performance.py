@@ -164,7 +164,8 @@ class LiveFigures(MarkdownRepr):
     def _repr_markdown_(self) -> str:
         if not self.figures:
             return f"*{self.bars} settled bars: figures need {_FEWEST}.*"
-        rows = "\n".join(f"| {_TITLES[name]} | {_shown(name, value[0])} | {_range(name, value)} |" for name, value in self.figures.items())
+        rows = "\n".join(f"| {_TITLES[name]} | {_figure_text_of(name, value[0])} | {_range(name, value)} |"
+                         for name, value in self.figures.items())
         abstained = f", {self.abstained:,} more without a prediction" if self.abstained else ""
         return (f"{self.bars:,} settled bars, {self.first[:10]} to {self.last[:10]}{abstained}\n\n"
                 f"| figure | value | 95 % interval |\n|---|--:|:-:|\n{rows}")
@@ -174,7 +175,7 @@ _TITLES = {"log_loss": "log loss", "skill": "skill", "volatility": "skill of vol
            "hit_rate": "hit rate of buys", "net_return": "return after costs", "hold_return": "buy and hold"}
 _SHARES, _RETURNS = ("hit_rate",), ("net_return", "hold_return")
 
-def _shown(name: str, value: float | None) -> str:
+def _figure_text_of(name: str, value: float | None) -> str:
     "A figure as text."
     if value is None:
         return "–"
@@ -182,7 +183,7 @@ def _shown(name: str, value: float | None) -> str:
 
 def _range(name: str, figure: tuple) -> str:
     "The interval of a figure as text."
-    return "" if figure[1] is None else f"{_shown(name, figure[1])} to {_shown(name, figure[2])}"
+    return "" if figure[1] is None else f"{_figure_text_of(name, figure[1])} to {_figure_text_of(name, figure[2])}"
 
 def live_figures(rows: LiveRows, settings: Settings, replications: int = 500) -> LiveFigures:
     """Figures of rows, such as the newest or those of one version.
@@ -236,6 +237,7 @@ def _wilson(right: int, count: int, z: float = 1.96) -> tuple[float | None, floa
     middle, reach = share + z**2 / (2 * count), z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
     return float((middle - reach) / scale), float((middle + reach) / scale)
 
+# %% ../nbs/62_live_performance.ipynb #89f139b8
 def bar_returns(rows: LiveRows) -> pd.DataFrame:
     "Return after costs of each settled bar: of the decisions (`model`, a buy holds for the horizon) and of buy and hold (`hold`)."
     table = rows.table[rows.table["next_return"].notna()]
@@ -402,7 +404,8 @@ def plot_live_skill(rows: LiveRows, window: int = 180) -> Figure:
         above.legend(frameon=False, fontsize=9, loc="upper left")
         returns = bar_returns(rows)
         for name, colour, label in (("hold", ORANGE, "buy and hold"), ("model", BLUE, "live decisions, after costs")):
-            below.plot(returns.index.tz_localize(None), 100 * (np.cumprod(1 + returns[name]) - 1), color=colour, label=label, linewidth=1.4)
+            earned = 100 * (np.cumprod(1 + returns[name]) - 1)
+            below.plot(returns.index.tz_localize(None), earned, color=colour, label=label, linewidth=1.4)
         below.axhline(0, color=INK, linewidth=0.8)
         below.legend(frameon=False, fontsize=9, loc="upper left")
         date_axis(below)
@@ -413,6 +416,7 @@ def plot_live_skill(rows: LiveRows, window: int = 180) -> Figure:
     style_axes(below, "Money after costs, filled at the next open", "", "% of the capital")
     return figure
 
+# %% ../nbs/62_live_performance.ipynb #f96e356c
 def _promotions(rows: LiveRows) -> list[pd.Timestamp]:
     "First bars of all versions but the first."
     version = rows.table["version"].to_numpy()

@@ -87,7 +87,7 @@ def _step_2() -> None:
     "Alarms."
     op.create_table(ALARMS.name, *(column._copy() for column in ALARMS.columns))
 
-def _revisions(steps: Sequence[Callable[[], None]]) -> list[Script]:
+def _migrations(steps: Sequence[Callable[[], None]]) -> list[Script]:
     "The steps as revisions of Alembic, numbered from 1."
     found = []
     for number, step in enumerate(steps, 1):
@@ -101,7 +101,7 @@ _STEPS = (_step_1, _step_2)
 
 def migrate(connection: sa.Connection) -> None:
     "Apply the migrations that a database lacks; StoreError, without any change, if its schema is newer than this package."
-    revisions = RevisionMap(lambda: _revisions(_STEPS))
+    revisions = RevisionMap(lambda: _migrations(_STEPS))
 
     def missing(heads: tuple[str, ...], context: MigrationContext) -> list[RevisionStep]:
         upwards = reversed(list(revisions.iterate_revisions("heads", heads[0] if heads else "base")))
@@ -117,7 +117,7 @@ def migrate(connection: sa.Connection) -> None:
 
 # %% ../nbs/60_monitor_database.ipynb #60a00011
 @contextmanager
-def _explained(url: str) -> Iterator[None]:
+def _database_errors(url: str) -> Iterator[None]:
     "Errors of the database as StoreError, without credentials."
     try:
         yield
@@ -136,6 +136,7 @@ def _new_engine(url: str) -> sa.Engine:
             connection.execute("PRAGMA journal_mode=WAL")
     return engine
 
+# %% ../nbs/60_monitor_database.ipynb #9cef26af
 class MonitorDatabase:
     """Predictions, outcomes and alarms; the tables are made or migrated when it is opened.
 
@@ -163,7 +164,7 @@ class MonitorDatabase:
 
     def __init__(self, url: str, clock: Callable[[], datetime] = utc_now):
         self.url, self.clock = url, clock
-        with _explained(url):
+        with _database_errors(url):
             self.engine = _new_engine(url)
             with self.engine.begin() as connection:
                 migrate(connection)
@@ -220,19 +221,19 @@ class MonitorDatabase:
 
     def append_row(self, table: sa.Table, values: dict) -> None:
         "Add a row to a table that numbers its rows."
-        with _explained(self.url), self.engine.begin() as connection:
+        with _database_errors(self.url), self.engine.begin() as connection:
             connection.execute(table.insert(), values)
 
     def replace_row(self, table: sa.Table, key: dict, values: dict) -> None:
         "Change the row with a key, or add it."
         where = sa.and_(*(table.c[name] == value for name, value in key.items()))
-        with _explained(self.url), self.engine.begin() as connection:
+        with _database_errors(self.url), self.engine.begin() as connection:
             if not connection.execute(sa.update(table).where(where).values(values)).rowcount:
                 connection.execute(table.insert(), {**key, **values})
 
     def markets(self) -> list[str]:
         "Markets with predictions, by name."
-        with _explained(self.url), self.engine.connect() as connection:
+        with _database_errors(self.url), self.engine.connect() as connection:
             return sorted(connection.scalars(sa.select(PREDICTIONS.c.market).distinct()))
 
     def _insert(self, table: sa.Table, records: list[dict]) -> int:
@@ -241,7 +242,7 @@ class MonitorDatabase:
             return 0
         dialect = postgresql if self.engine.dialect.name == "postgresql" else sqlite
         count = sa.select(sa.func.count()).select_from(table)
-        with _explained(self.url), self.engine.begin() as connection:
+        with _database_errors(self.url), self.engine.begin() as connection:
             before = connection.execute(count).scalar_one()
             connection.execute(dialect.insert(table).on_conflict_do_nothing(), records)
             return int(connection.execute(count).scalar_one() - before)
@@ -256,7 +257,7 @@ def _read_table(database: MonitorDatabase, table: sa.Table, market: str | None, 
         query = query.where(table.c.bar >= since)
     for name, value in equal.items():
         query = query.where(table.c[name].in_(value) if isinstance(value, tuple) else table.c[name] == value)
-    with _explained(database.url), database.engine.connect() as connection:
+    with _database_errors(database.url), database.engine.connect() as connection:
         result = connection.execute(query.order_by(*table.primary_key.columns))
         found = pd.DataFrame(result.fetchall(), columns=list(result.keys()))
     for column in table.columns:
@@ -267,7 +268,7 @@ def _read_table(database: MonitorDatabase, table: sa.Table, market: str | None, 
 def _distinct_bars(database: MonitorDatabase, table: sa.Table, equal: dict) -> pd.DatetimeIndex:
     "Distinct bars of a table, in order."
     where = sa.and_(*(table.c[name] == value for name, value in equal.items()))
-    with _explained(database.url), database.engine.connect() as connection:
+    with _database_errors(database.url), database.engine.connect() as connection:
         found = list(connection.scalars(sa.select(table.c.bar).where(where).distinct().order_by(table.c.bar)))
     return pd.DatetimeIndex(pd.to_datetime(found, utc=True)).as_unit("ns")
 
@@ -283,7 +284,7 @@ def _write_outcomes(database: MonitorDatabase, outcomes: pd.DataFrame, repair: b
         old = database.read(OUTCOMES, outcomes["market"].iloc[0], outcomes["bar"].min().to_pydatetime()).set_index(_KEYS)
         keys = [(record["market"], pd.Timestamp(record["bar"]), record["meaning"]) for record in records]
         same = [record for key, record in zip(keys, records) if key in old.index and _differs(old.loc[key], record)]
-        with _explained(database.url), database.engine.begin() as connection:
+        with _database_errors(database.url), database.engine.begin() as connection:
             for record in same:
                 where = sa.and_(*(OUTCOMES.c[name] == record[name] for name in _KEYS))
                 connection.execute(sa.update(OUTCOMES).where(where).values({n: v for n, v in record.items() if n not in _KEYS}))

@@ -176,6 +176,7 @@ def _previous_version(store: ModelStore) -> tuple[dict, bytes] | None:
     except MLEnsembleError:
         return None
 
+# %% ../nbs/61_monitor_update.ipynb #f402431a
 _WEEK_NS = 7 * 24 * 3600 * 10**9
 
 def _baseline_rows(context: _Context) -> int:

@@ -7,7 +7,8 @@ __all__ = ['label_balance', 'feature_table', 'fold_table', 'check_first_fold', '
            'label_economics', 'evaluate_result', 'evaluate_blend', 'learner_evaluations', 'learner_table',
            'blend_table', 'ensemble_gain', 'gain_sentence', 'importance', 'run_skill_sources', 'run_backtest',
            'run_money_bridge', 'run_audit', 'Candidate', 'fit_candidate', 'candidate_table', 'champion_recipe',
-           'compare_with_production', 'rarest_class', 'reach_verdict', 'market_label', 'trading_facts', 'stage']
+           'compare_with_production', 'rarest_class', 'reach_verdict', 'market_label', 'trading_facts',
+           'monitoring_reference', 'stage']
 
 # %% ../nbs/52_retrain_steps.ipynb #cd0d80eb
 import pickle
@@ -36,6 +37,7 @@ from .blending import Blend, BlendResult, calibration_kind, walk_forward_blend
 from .candles import bar_interval
 from .champion import Comparison, compare_recipes, compare_with_record, production_record
 from .config import Section, Settings
+from .drift import feature_reference
 from .ensemble import ProductionEnsemble
 from .evaluation import Evaluation, diebold_mariano, evaluate, paired_skill_difference, permutation_importance
 from .feature_manager import input_names
@@ -54,7 +56,7 @@ from .trading_costs import entry_delay, side_cost
 from .training import fit_all, make_ensemble, parity_error
 from .verdict import Verdict
 from .verification import probe_artefact
-from .walk_forward import TrainingSet, WalkForwardResult
+from .walk_forward import Predictions, TrainingSet, WalkForwardResult
 from .versioning import MODEL_FILE, ModelStore, next_version, present_or_damaged
 
 # %% ../nbs/52_retrain_steps.ipynb #74925ed6
@@ -514,8 +516,15 @@ def _fitted_parameters(settings: Settings, name: str, learner) -> dict:
     "Configured parameters of a learner, with the number of rounds chosen by early stopping."
     return settings.learners.model_dump()[name] | {"n_estimators": learner.get_params()["n_estimators"]}
 
+def monitoring_reference(data: TrainingSet, oos: Predictions) -> dict:
+    "What live inputs and probabilities are compared with: their distribution in the training period and out of sample."
+    inputs = pd.DataFrame(data.inputs.astype(np.float64), index=data.features.index, columns=input_names(data.manager))
+    probability = pd.DataFrame({"probability": oos.proba[:, -1]}, index=oos.time)
+    return {"inputs": feature_reference(inputs), "predictions": feature_reference(probability)}
+
 def stage(settings: Settings, market: Market, *, data: TrainingSet, evaluation: Evaluation, singles: dict[str, Evaluation],
-          trading: dict, candidate: Candidate, verdict: Verdict, leakage: AuditReport, store: ModelStore, run_id: str) -> Path:
+          trading: dict, candidate: Candidate, verdict: Verdict, leakage: AuditReport, reference: dict, store: ModelStore,
+          run_id: str) -> Path:
     "Write the candidate's metadata and the training pickles to the staging folder; change nothing outside it."
     folder, common = staging_folder(store, run_id), _provenance(settings, market, data, store)
     files = {}
@@ -527,7 +536,7 @@ def stage(settings: Settings, market: Market, *, data: TrainingSet, evaluation: 
     basis = "walk-forward, out of sample; the version is refitted on all rows"
     model = {key: info[key] for key in ("features", "fingerprint", "weights", "classes", "decision_threshold")}
     production = {**common, **model, "metrics": {"basis": basis, **evaluation.to_dict()}, "gate": gate,
-                  **trading, "leakage_audit": leakage.to_dict(), "artefact": candidate.artefact}
+                  **trading, "leakage_audit": leakage.to_dict(), "artefact": candidate.artefact, "reference": reference}
     training = {**common, "gate": gate, "metrics_basis": basis, "learners": files}
     write_atomic(folder / "training.json", readable_json(training))
     return write_atomic(folder / "candidate.json", readable_json(production))

@@ -37,6 +37,7 @@ PUBLIC = {
     "classifier": "EnsembleClassifier",
     "cli": """
         app audit_command backup candles_command check cli_main diff_command export history keygen_command
+        monitor_app monitor_check_command monitor_export_command monitor_report_command monitor_update_command
         overdue_command pin_command predict promote_command prune_command publish_command pull_store_command
         push_store_command report_command restore_command retrain_command rollback run_command shadow_command
         show_command sign_command unpin_command verify_command versions_command
@@ -76,7 +77,7 @@ PUBLIC = {
         ATR FEATURE_NAMES Feature FeatureManager FeatureStream INDICATOR_VERSION INPUT_NAMES check_order_file
         input_names model_inputs_of scale_free scale_free_row
     """,
-    "first_page": "Page first_page provenance read_candidate what_would_change",
+    "first_page": "Page first_page page_table provenance read_candidate what_would_change",
     "fleet": "judge_fleet",
     "forecast_comparison": """
         ScoreComparison alarm_delay alarm_evidence bars_until_decided brier_bound compare_scores least_delay plot_comparison
@@ -100,6 +101,14 @@ PUBLIC = {
         CLASS_NAMES Decision LiveStream ServingState bar_interval_ns check_bars decide_bar decide_values
         read_history split_unfinished unfinished_bar warm_stream
     """,
+    "live_alarms": """
+        AlarmChanges Condition LiveQuality LiveState alert_unusable compare_features live_drift live_state
+        measure_quality note_usable record_conditions send_alarms
+    """,
+    "live_performance": """
+        LiveFigures LiveRows SkillTest bar_returns live_figures live_rows plot_live_skill plot_skill_tests
+        skill_tests validated_gain version_figures
+    """,
     "market_data": """
         CandleReport Market bar_sample has_same_bars inspect_candles load_candles settings_of_source write_candles
     """,
@@ -109,6 +118,14 @@ PUBLIC = {
     """,
     "model_file": "CANARY_TOLERANCE FORMAT check_definition check_payload read_payload",
     "model_graph": "check_graph",
+    "monitor_database": """
+        ALARMS LOGS MonitorDatabase OUTCOMES PREDICTIONS UPDATES export_parquet migrate read_shadow_lines
+    """,
+    "monitor_report": """
+        alarm_table data_table live_predictions newest_decisions reliability_figure shadow_beside_production
+        state_page versions_side_by_side write_monitor_report
+    """,
+    "monitor_update": "MonitorUpdate collect_log log_paths monitor_folder open_database update_monitoring",
     "monitoring": "Diagnosis HealthCheck diagnose run_overdue",
     "onnx_export": "export_onnx load_with_custom to_full_onnx",
     "plot_style": "BLUE GREY GRID INK ORANGE ReportFigure class_colour date_axis new_axes plot_recent style_axes",
@@ -123,10 +140,11 @@ PUBLIC = {
     """,
     "remote_copies": "PullResult PushResult RemoteError pull_store push_store",
     "retrain_steps": """
-        Candidate LabelEconomics blend_table candidate_table champion_recipe check_first_fold compare_with_production
-        ensemble_gain evaluate_blend evaluate_result feature_table fit_candidate fold_table gain_sentence importance
-        label_balance label_economics learner_evaluations learner_table market_label rarest_class reach_verdict
-        reachable_skill run_audit run_backtest run_money_bridge run_skill_sources stage trading_facts
+        Candidate LabelEconomics blend_table candidate_table champion_recipe check_first_fold
+        compare_with_production ensemble_gain evaluate_blend evaluate_result feature_table fit_candidate fold_table
+        gain_sentence importance label_balance label_economics learner_evaluations learner_table market_label
+        monitoring_reference rarest_class reach_verdict reachable_skill run_audit run_backtest run_money_bridge
+        run_skill_sources stage trading_facts
     """,
     "retraining": "IN_SHADOW NO_NEW_BARS REFUSED_BEFORE RetrainResult STAGED execute retrain",
     "run_settings": """
@@ -134,8 +152,8 @@ PUBLIC = {
     """,
     "sandbox": "CLUSTERING QUOTED_SPREAD STRENGTH VOLATILITY bar_length best_skill signal simulate_market true_probability",
     "shadow": """
-        KEEP PROMOTE PairedPredictions ShadowVerdict UNDECIDED judge_pairs pair_predictions promote_from_shadow
-        replay_rows shadow_verdict version_labels
+        KEEP PROMOTE PairedPredictions ShadowVerdict UNDECIDED judge_pairs open_version pair_predictions
+        predicted_rows promote_from_shadow replay_rows shadow_verdict version_labels
     """,
     "signing": """
         check_mark check_signature generate_key key_id public_key public_of public_text raise_mark read_mark sign_metadata
