@@ -18,7 +18,7 @@ from papermill.cli import papermill
 
 from conftest import QUICK, TINY, hand_made_payload
 from ml_ensemble import FeatureManager, ModelStore, ProductionEnsemble, retrain, retraining
-from ml_ensemble.config import load_settings
+from ml_ensemble.config import core_tree, load_settings
 from ml_ensemble.core import ConfigError, FeatureError, IntegrityError, RetrainError, sha256_hex
 from ml_ensemble.custom_features import load_custom
 from ml_ensemble.ensemble import restore_ensemble
@@ -135,8 +135,8 @@ def compared(store, *more):
     return compare_with_production(settings, market, data, blended, store, silent)
 
 
-def test_a_changed_recipe_is_compared_with_the_champions_on_the_same_folds(trained, monkeypatch):
-    store, first, _ = trained
+def test_a_changed_recipe_is_compared_with_the_champions_on_the_same_folds(trained, trained_copy, monkeypatch):
+    store, first = trained_copy, trained[1]              # the comparison keeps checkpoints in the store
     lived, unchanged, changes = compared(store)
     assert unchanged.rows == 0 and unchanged.note == f"same recipe as champion {store.current()['version']}"
     assert lived.rows == 0 and "no bar is newer" in lived.note and "more weeks" in lived.note and changes == []
@@ -242,7 +242,6 @@ def test_a_wrong_setting_fails_before_any_work(store, override):
     assert not store.root.exists()
 
 
-@pytest.mark.untraced
 def test_nasdaq_is_refused_with_reasons_and_production_stays(trained_copy, nasdaq, tmp_path, inbox, in_this_process):
     nasdaq.to_csv(tmp_path / "nasdaq.csv")
     store, champion = trained_copy, trained_copy.current()["version"]
@@ -349,6 +348,18 @@ def test_a_broken_configuration_is_reported_and_an_alert_is_sent(tmp_path, monke
     with pytest.raises(ConfigError):
         run(ModelStore(tmp_path / "models"))
     assert [message["title"] for message in inbox] == ["ml_ensemble: retrain FAILED"]
+
+
+def test_a_change_of_the_settings_tree_is_not_seen_by_the_next_reader_and_a_changed_file_is(tmp_path, monkeypatch):
+    """A text is parsed once in a process."""
+    shutil.copytree(ROOT / "config", tmp_path / "config")
+    monkeypatch.setenv("ML_ENSEMBLE_ROOT", str(tmp_path))
+    threshold = core_tree()["labels"]["threshold"]
+    core_tree()["labels"]["threshold"] = 0.5
+    assert core_tree()["labels"]["threshold"] == load_settings().labels.threshold == threshold
+    base = tmp_path / "config/core/base.yaml"
+    base.write_text(base.read_text().replace(f"threshold: {threshold}", "threshold: 0.5"))
+    assert core_tree()["labels"]["threshold"] == load_settings().labels.threshold == 0.5
 
 
 def test_an_environment_variable_can_be_null_or_wrong(monkeypatch):
