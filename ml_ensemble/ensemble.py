@@ -187,7 +187,8 @@ class _Predictor:
             return decide_bar(state, bar, time, self._clock)[0]
         begin = perf_counter()
         decision, values = decide_bar(state, bar, time, self._clock)
-        self._recorder.observe(_Observation(bar, time, decision, values, 1e6 * (perf_counter() - begin), state.loaded))
+        latency = 1e6 * (perf_counter() - begin)
+        self._recorder.observe(_Observation(bar, time, decision, values, latency, self._clock(), state.loaded))
         return decision
 
     def predict_one(self, values, time=None) -> Decision:
@@ -682,6 +683,7 @@ class _Observation:
     decision: Decision
     values: list[float]
     latency_us: float
+    at: datetime
     loaded: LoadedModel
 
 class _Recorder:
@@ -713,7 +715,7 @@ class _Recorder:
             self.log.note_fault("decide was called without the time of the bar, which a row of the log needs")
             return []
         nanoseconds = time_ns(seen.time)
-        moment, now = iso(EPOCH + timedelta(microseconds=nanoseconds // 1000)), self.log.now()
+        moment, now = iso(EPOCH + timedelta(microseconds=nanoseconds // 1000)), iso(seen.at)
         sequence = seen.loaded.metadata.get("sequence", 0)
         rows = [prediction_row(seen.loaded, moment, seen.decision, "production", sequence, now, values=seen.values,
                                latency_us=seen.latency_us)]

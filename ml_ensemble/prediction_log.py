@@ -398,7 +398,7 @@ class PredictionLog:
     capacity : int, default 10,000
         Jobs that wait at most; further ones are dropped and counted.
     clock : callable, optional
-        Returns the current time, for `written`.
+        Returns the current time, for the record of this process.
 
     Examples
     --------
@@ -430,10 +430,6 @@ class PredictionLog:
     def write(self, row: PredictionRow) -> None:
         "Write a row in the background."
         self.submit(lambda: (row,))
-
-    def now(self) -> str:
-        "The current time, as in `written`."
-        return iso(self._worker.clock())
 
     def note_fault(self, problem: str) -> None:
         "Count a problem of whoever makes the rows, and warn of the first one."
