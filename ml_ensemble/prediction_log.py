@@ -157,12 +157,13 @@ def _add_columns(connection) -> None:
 # %% ../nbs/09_prediction_log.ipynb #a1b90006
 _ROWS_PER_STATEMENT = 20                             # each of 15 values
 
-def _insert(connection, records: list[tuple]) -> int:
-    "Insert records in one transaction; returns how many were new."
+def _insert(connection, records: list[tuple], between: Callable[[], None] = lambda: None) -> int:
+    "Insert records in one transaction, calling `between` before each statement; returns how many were new."
     before = connection.total_changes
     connection.execute("BEGIN IMMEDIATE")
     try:
         for start in range(0, len(records), _ROWS_PER_STATEMENT):
+            between()
             part = records[start:start + _ROWS_PER_STATEMENT]
             marks = ", ".join([f"({', '.join('?' * len(COLUMNS))})"] * len(part))
             values = [value for record in part for value in record]
@@ -255,11 +256,11 @@ class _Writer:
         self.path, self.connection = path, None
         self.identity: tuple | None = None
 
-    def write(self, records: list[tuple]) -> int:
+    def write(self, records: list[tuple], between: Callable[[], None]) -> int:
         "Insert records; returns how many were new. sqlite3.Error, OSError or ValueError if that fails: nothing was inserted."
         if self.connection is None:
             self.connection, self.identity = _open_writer(self.path), _file_identity(self.path)
-        return _insert(self.connection, records)
+        return _insert(self.connection, records, between)
 
     def was_replaced(self) -> bool:
         "Whether the file that is open is not the one with this name any more; it is then closed."
@@ -325,6 +326,7 @@ class _Worker:
 
     def __init__(self, path: Path, capacity: int, clock: Callable[[], datetime]):
         self.path, self.capacity, self.clock, self.counters = path, capacity, clock, _Counters(path)
+        self.busy = False                                         # whether a decision is being made
         self.start()
 
     def start(self) -> None:
@@ -350,12 +352,19 @@ class _Worker:
 
     def make(self, job: Callable[[], Iterable[PredictionRow]]) -> list[tuple]:
         "Records of a job; an error is counted."
-        time.sleep(0)                                             # let a decision go first
+        self.let_go_first()
         try:
             return [to_record(row) for row in job()]
         except Exception as error:
             self.counters.note("faults", f"{type(error).__name__}: {error}")
             return []
+
+    def let_go_first(self) -> None:
+        "Wait while a decision is being made, for about a millisecond at most."
+        for _ in range(10):
+            if not self.busy:
+                return
+            time.sleep(5e-5)
 
     def commit(self, records: list[tuple]) -> bool:
         "Write records, trying as often as it takes; False if the log was closed before that succeeded."
@@ -364,7 +373,7 @@ class _Worker:
             try:
                 if self.writer.was_replaced():
                     counters.note("faults", "the file was removed or replaced; a new one is written")
-                new = self.writer.write(records)
+                new = self.writer.write(records, self.let_go_first)
                 counters.written, counters.repeated = counters.written + new, counters.repeated + len(records) - new
                 self.writer.record_session((self.session, self.started, iso(self.clock()), self.pid, counters.written,
                                             counters.dropped, counters.faults, counters.last_fault))
@@ -426,6 +435,14 @@ class PredictionLog:
                 worker.jobs.put(job)
         except RuntimeError as error:                   # no thread can be started
             worker.counters.note("dropped", str(error))
+
+    def begin(self) -> None:
+        "A decision begins: the thread lets it go first, until `end` but not for long."
+        self._worker.busy = True
+
+    def end(self) -> None:
+        "The decision was made."
+        self._worker.busy = False
 
     def write(self, row: PredictionRow) -> None:
         "Write a row in the background."

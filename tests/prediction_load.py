@@ -62,7 +62,7 @@ class Bot:
 def steady(bots: list[Bot], rate: float, seconds: float) -> np.ndarray:
     """Seconds of the decisions of each bot, which take turns in blocks of a second, each at `rate` a second."""
     taken: list[list[float]] = [[] for _ in bots]
-    for block in range(round(seconds)):
+    for _ in range(round(seconds)):
         for bot, own in zip(bots, taken):
             begin = time.perf_counter()
             for k in range(round(rate)):
@@ -85,7 +85,8 @@ def main() -> int:
         taken = 1e6 * steady([plain, logged], given.rate, given.seconds)
         begin = time.perf_counter()
         complete = logged.ensemble.log_status(60)
-        print(f"{count:,} decisions, {given.rate:,.0f} a second for {given.seconds:g} s; on disk {time.perf_counter() - begin:.2f} s later: "
+        late = time.perf_counter() - begin
+        print(f"{count:,} decisions, {given.rate:,.0f} a second for {given.seconds:g} s; on disk {late:.2f} s later: "
               f"{complete['written']:,} written, {complete['dropped']} dropped, {complete['faults']} faults")
         for share in (50, 90, 99):
             without, beside = np.percentile(taken, share, axis=1)
@@ -95,7 +96,7 @@ def main() -> int:
         collected = collect_log(database, path)
         print(f"PostgreSQL: {collected:,} rows collected in {time.perf_counter() - begin:.1f} s")
         there = database.read(PREDICTIONS)[["bar", "p_buy"]].sort_values("bar")
-        rows = [row for row in read_log(path)]
+        rows = read_log(path)
         same = len(rows) == count == len(there) and there["p_buy"].tolist() == [row.probabilities[1] for row in rows]
         print(f"lost: {count - len(there)}; the probabilities are {'the same' if same else 'NOT the same'}")
     return 0 if same and not complete["dropped"] else 1
