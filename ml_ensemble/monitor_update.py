@@ -33,7 +33,7 @@ from .shadow import open_version, predicted_rows, version_labels
 from .skill_sources import volatility_forecast
 from .store_records import meaning_digest
 from .trading_costs import entry_delay, known_spread, side_cost
-from .versioning import ModelStore, present_or_damaged, read_shadow
+from .versioning import ModelStore, present_or_damaged, production_changes, read_shadow
 from .walk_forward import Predictions, TrainingSet, make_training_set
 
 # %% ../nbs/61_monitor_update.ipynb #61a00006
@@ -140,20 +140,24 @@ class _Context:
 def _replay_production(context: _Context) -> int:
     "Rows of what was in production on bars without a row."
     missing, added = context.missing("production"), 0
-    for number, period in enumerate(production_periods(context.store, context.times[-1]), 1):
+    periods = production_periods(context.store, context.times[-1])
+    for period, sequence in zip(periods, _sequences(context.store, [period.version for period in periods])):
         rows = missing & period.unseen(context.times)
         if rows.any() and period.facts:
             facts, model = context.store.read(period.version)
             loaded = open_version(facts, model, feature_manager(context.settings))
-            sequence = _sequence_of(context.store, period.version, number)
             added += context.database.add_predictions(
                 predicted_rows(loaded, context.candles, rows, "production", sequence, context.written))
     return added
 
-def _sequence_of(store: ModelStore, version: str, number: int) -> int:
-    "Sequence number of the newest promotion of a version; its place among the periods if the history lacks it."
-    found = [event["sequence"] for event in store.history() if event.get("version") == version and "sequence" in event]
-    return found[-1] if found else number
+def _sequences(store: ModelStore, versions: list[str]) -> list[int]:
+    "Sequence numbers of the changes that put versions into production, which are in the order of time; some changes had no effect."
+    changes, found = production_changes(store), list[int]()
+    for version in reversed(versions):
+        while changes and (change := changes.pop()).get("version") != version:
+            pass
+        found.append(change["sequence"])
+    return found[::-1]
 
 # %% ../nbs/61_monitor_update.ipynb #61a00009
 def _replay_stage(context: _Context, stage: str, found: tuple[dict, bytes] | None) -> int:

@@ -114,6 +114,24 @@ def test_nothing_that_an_update_stores_depends_on_later_bars(store, tmp_path, ca
         pd.testing.assert_frame_equal(steps.read(table)[["bar", *columns]], whole.read(table)[["bar", *columns]], rtol=1e-9)
 
 
+def test_three_classes_and_labels_over_three_bars(tmp_path, candles):
+    settings = load_settings([*QUICK, "labels.classes=3", "labels.horizon=3"])
+    past = training_set(settings, candles.iloc[:1700])
+    model = make_ensemble(past, fit_all(past, new_learners(settings)), settings.ensemble.weights.model_dump(), 0.5, max_age_days=1e5)
+    store = ModelStore(tmp_path / "models", clock=lambda: candles.index[-1].to_pydatetime())
+    store.promote(model.to_bytes(), {"classes": [-1, 0, 1], "data": {
+        "market": "sandbox", "source": "sandbox", "interval_minutes": 240, "calendar": "continuous",
+        "to": iso(candles.index[1699]), "labels": settings.labels.model_dump()}})
+    database = MonitorDatabase(f"sqlite:///{tmp_path}/monitor.sqlite", store.clock)
+    done = update_monitoring(store, settings, database, replay=True, market=market_of(candles))
+    assert (done.replayed, done.outcomes, done.waiting) == (300, 296, 4)
+    found = database.read(OUTCOMES)
+    assert found["label"].tolist() == make_labels(candles, **settings.labels.model_dump())["label"].iloc[1700:].tolist()
+    state = live_state(store, settings, database, market_of(candles))
+    assert state.newest.figures["skill"][0] is not None and len(state.tests[0].log_e) == 296
+    assert state.rows.proba["volatility"].shape == (300, 3) and not any(test.alarm for test in state.tests)
+
+
 def test_both_databases_hold_the_same(store, tmp_path, server, candles):
     tables = []
     for url in (f"sqlite:///{tmp_path}/monitor.sqlite", server[0]("same")):
