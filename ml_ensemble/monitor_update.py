@@ -26,7 +26,7 @@ from .config import Settings, feature_manager
 from .labels import make_labels, next_returns
 from .market_data import Market
 from .monitor_database import LOGS, UPDATES, MonitorDatabase
-from .prediction_log import PredictionRow, from_record, read_records
+from .prediction_log import PredictionRow, dropped_rows, from_record, read_records
 from .retrain_steps import market_label
 from .run_settings import get_market
 from .shadow import open_version, predicted_rows, version_labels
@@ -86,9 +86,10 @@ def collect_log(database: MonitorDatabase, path: Path) -> int:
     known = database.read(LOGS, path=name, file=file)
     records = read_records(path, after=int(known["position"].iloc[0]) if len(known) else 0)
     new = database.add_predictions(from_record(record) for _, record in records)
-    if records:
-        place = {"position": records[-1][0], "file": file, "at": database.clock()}
-        database.replace_row(LOGS, {"path": name}, place)
+    position = records[-1][0] if records else int(known["position"].iloc[0]) if len(known) else 0
+    dropped, last_fault, written = dropped_rows(path)
+    database.replace_row(LOGS, {"path": name}, {"position": position, "file": file, "at": database.clock(), "dropped": dropped,
+                                                "last_fault": last_fault, "written": written or None})
     return new
 
 # %% ../nbs/61_monitor_update.ipynb #61a00008

@@ -25,7 +25,7 @@ from ml_ensemble.live_performance import bar_returns, live_figures, live_rows, s
 from ml_ensemble.market_data import Market
 from ml_ensemble.monitor_database import ALARMS, OUTCOMES, PREDICTIONS, MonitorDatabase
 from ml_ensemble.monitor_update import collect_log, open_database, update_monitoring
-from ml_ensemble.prediction_log import append_rows, read_log
+from ml_ensemble.prediction_log import PredictionLog, append_rows, read_log
 from ml_ensemble.recipe import new_learners, training_set
 from ml_ensemble.sandbox import simulate_market
 from ml_ensemble.training import fit_all, make_ensemble
@@ -193,6 +193,25 @@ def test_bars_that_a_bot_missed_are_counted_and_are_no_decision(store, database,
     state = live_state(store, load_settings(QUICK), database, market_of(candles))
     assert (state.quality.bars, state.quality.missing, state.quality.silent) == (200, 24, 4)
     assert [condition.kind for condition in state.conditions] == ["silent"] and len(state.rows) == 176
+
+
+@pytest.mark.filterwarnings("ignore:prediction log")
+def test_predictions_that_could_not_be_logged_are_an_alarm_that_says_why(store, database, candles, tmp_path):
+    path = tmp_path / "log.sqlite"
+    live(store, candles, path, range(1900, N))
+    rows, log = read_log(path), PredictionLog(path, capacity=2, clock=store.clock)
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        log.write(rows[0])
+        assert not log.flush(0.2)
+        for row in rows[:10]:
+            log.write(row)
+        other.execute("ROLLBACK")
+    assert log.flush(20)
+    updated(store, database, candles, log=path, replay=False)
+    state = live_state(store, load_settings(QUICK), database, market_of(candles))
+    assert [condition.key for condition in state.conditions] == [("dropped", "log")]
+    assert "8 predictions could not be written" in state.conditions[0].text and "full" in state.conditions[0].text
 
 
 def test_a_log_that_was_replaced_is_read_from_its_beginning(store, database, candles, tmp_path):
