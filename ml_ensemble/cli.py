@@ -1346,16 +1346,7 @@ def monitor_metrics_command(
     if target is not None and target.suffix != ".prom":
         raise ConfigError(f"--to is {str(target)[:100]!r}", "Name a file that ends with .prom: the collector reads no other.")
     path = None if target is None else _check_output(target)
-    from ml_ensemble.config import load_settings
-    load_settings(list(set_ or ()))               # a wrong setting is reported before the slow imports
-    from ml_ensemble.live_alarms import live_state
-    from ml_ensemble.monitor_metrics import metrics_text, read_open_alarms
-    from ml_ensemble.monitor_update import open_database
-    from ml_ensemble.run_settings import get_market, run_overrides
-    store, settings = _store_of(context), load_settings([*(set_ or ()), *run_overrides(source, days)])
-    database = open_database(settings, store)
-    state = live_state(store, settings, database, get_market(settings))
-    text = metrics_text(state, read_open_alarms(database, state.market))
+    text = _metrics_of(_store_of(context), source, days, set_)
     if path is None:
         sys.stdout.write(text)
     else:
@@ -1363,6 +1354,20 @@ def monitor_metrics_command(
         count = sum(line[0] != "#" for line in text.splitlines())
         _console().print(f"{count} series in {_plain(str(path))}", soft_wrap=True)
 
+def _metrics_of(store: ModelStore, source: str | None, days: int | None, set_: list[str] | None) -> str:
+    "Metrics of the live model as text; the database is not changed."
+    from ml_ensemble.config import load_settings
+    load_settings(list(set_ or ()))               # a wrong setting is reported before the slow imports
+    from ml_ensemble.live_alarms import live_state
+    from ml_ensemble.monitor_metrics import metrics_text, read_open_alarms
+    from ml_ensemble.monitor_update import open_database
+    from ml_ensemble.run_settings import get_market, run_overrides
+    settings = load_settings([*(set_ or ()), *run_overrides(source, days)])
+    database = open_database(settings, store)
+    state = live_state(store, settings, database, get_market(settings))
+    return metrics_text(state, read_open_alarms(database, state.market))
+
+# %% ../nbs/70_cli.ipynb #70b00007
 @monitor_app.command("serve")
 def monitor_serve_command(
     context: typer.Context, log: _Bots = None, replay: _Computed = False, source: _Source = None, days: _Days = None, set_: _Set = None,

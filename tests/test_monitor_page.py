@@ -107,8 +107,8 @@ def test_only_this_machine_may_read_and_nothing_can_be_written(server):
         headers = server.ask(path)[1]
         assert "script-src" not in headers["Content-Security-Policy"] and "default-src 'none'" in headers["Content-Security-Policy"]
         assert headers["X-Content-Type-Options"] == "nosniff" and headers["Cache-Control"] == "no-store" and "Server" not in headers
-    listening = [line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines() + Path("/proc/net/tcp6").read_text().splitlines()
-                 if line.split()[1].endswith(f":{server.port:04X}") and line.split()[3] == "0A"]
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
+    listening = [row[1] for row in rows if row[1].endswith(f":{server.port:04X}") and row[3] == "0A"]
     assert listening == [f"0100007F:{server.port:04X}"]
 
 
@@ -175,7 +175,8 @@ LOOK = """(() => {
     scrolls: root.scrollWidth - root.clientWidth, beyond: wide.map(each => each.outerHTML.slice(0, 100)),
     lead: lead ? lead.innerText : "", top: lead ? box(lead).top : null, alert: document.querySelector('[role=alert]')?.innerText ?? "",
     titles: [...document.querySelectorAll("h2")].filter(each => box(each).height > 0).map(each => each.innerText),
-    figures: [...document.querySelectorAll("figure img")].map(each => [each.complete && each.naturalWidth > 0, box(each).width, box(each).height]),
+    figures: [...document.querySelectorAll("figure img")].map(
+      each => [each.complete && each.naturalWidth > 0, box(each).width, box(each).height]),
     paper: style.backgroundColor, ink: style.color, letters: parseFloat(style.fontSize),
   };
 })()"""
