@@ -17,19 +17,25 @@ SETTINGS = ("n_estimators=10", "learning_rate=0.1", "data.market=sandbox")
 BARS, FIRST, SECOND = 2000, 1500, 1850           # of the market, and on which the versions were trained
 
 
+def promote(store: ModelStore, candles: pd.DataFrame, market: str, source: str) -> None:
+    """A version that was trained on all of the candles."""
+    settings = load_settings(SETTINGS)
+    past = training_set(settings, candles)
+    model = make_ensemble(past, fit_all(past, new_learners(settings)), settings.ensemble.weights.model_dump(), 0.5)
+    inputs = pd.DataFrame(past.inputs.astype(float), index=past.features.index, columns=input_names(past.manager))
+    store.promote(model.to_bytes(), {
+        "classes": [0, 1], "reference": {"inputs": feature_reference(inputs)},
+        "data": {"market": market, "source": source, "interval_minutes": 240, "calendar": "continuous", "to": iso(candles.index[-1]),
+                 "labels": settings.labels.model_dump()},
+        "metrics": {"metrics": {"brier": 0.225}, "baselines": {"prior": {"brier": 0.235}}}})
+
+
 def make_store(folder: Path) -> ModelStore:
     """The store; its candles are in `candles.csv` in the same folder."""
-    store, settings = ModelStore(folder / "models"), load_settings(SETTINGS)
+    store = ModelStore(folder / "models")
     candles, _ = simulate_market(BARS, seed=7)
     for stop in (FIRST, SECOND):
-        past = training_set(settings, candles.iloc[:stop])
-        model = make_ensemble(past, fit_all(past, new_learners(settings)), settings.ensemble.weights.model_dump(), 0.5)
-        inputs = pd.DataFrame(past.inputs.astype(float), index=past.features.index, columns=input_names(past.manager))
-        store.promote(model.to_bytes(), {
-            "classes": [0, 1], "reference": {"inputs": feature_reference(inputs)},
-            "data": {"market": "sandbox", "source": "sandbox", "interval_minutes": 240, "calendar": "continuous",
-                     "to": iso(candles.index[stop - 1]), "labels": settings.labels.model_dump()},
-            "metrics": {"metrics": {"brier": 0.225}, "baselines": {"prior": {"brier": 0.235}}}})
+        promote(store, candles.iloc[:stop], "sandbox", "sandbox")
     candles.to_csv(folder / "candles.csv")
     given = load_settings([*SETTINGS, *words_of(folder)])
     update_monitoring(store, given, open_database(given, store), replay=True)
