@@ -369,7 +369,7 @@ def report_html(notebook: Any, style: str) -> str:
     lead = re.match(r"(.*?</h1>\s*)(.*?)(?=<h2|<details|$)(.*)", first, re.S)
     if lead:
         first = f'{lead[1]}<div class="lead">{lead[2]}</div>\n{lead[3]}'
-    state = "passed" if "✓ Passed" in first[:2000] else "refused"
+    state = next((name for mark, name in (("✓ Passed", "passed"), ("● Waiting", "waiting")) if mark in first[:2000]), "refused")
     return _HTML.substitute(title=escape(title), style=style, state=state, first=first, contents=contents, rest="\n".join(parts))
 
 def render_or_warn(report: Path) -> None:

@@ -8,7 +8,7 @@ __all__ = ['app', 'monitor_app', 'run_command', 'cli_main', 'retrain_command', '
            'diff_command', 'verify_command', 'promote_command', 'restore_command', 'pin_command', 'unpin_command',
            'prune_command', 'sign_command', 'keygen_command', 'shadow_command', 'publish_command', 'push_store_command',
            'pull_store_command', 'predict', 'export', 'monitor_update_command', 'monitor_check_command',
-           'monitor_report_command', 'monitor_export_command']
+           'monitor_report_command', 'monitor_export_command', 'monitor_metrics_command', 'monitor_serve_command']
 
 # %% ../nbs/70_cli.ipynb #d27af15f
 import contextlib
@@ -1329,6 +1329,66 @@ def monitor_export_command(
         print(readable_json({"rows": count, "file": str(path)}), end="")
     else:
         _console().print(f"{count:,} rows in {_plain(str(path))}", soft_wrap=True)
+
+# %% ../nbs/70_cli.ipynb #70b00006
+@monitor_app.command("metrics")
+def monitor_metrics_command(
+    context: typer.Context, source: _Source = None, days: _Days = None, set_: _Set = None,
+    target: Annotated[Path | None, typer.Option("--to", dir_okay=False, help="A .prom file for the textfile collector of node_exporter; "
+                                                "it is replaced at once.")] = None,
+    dashboard: Annotated[bool, typer.Option("--dashboard", help="Print the Grafana dashboard of these metrics instead "
+                                            "(config/grafana/live-model.json), to be imported there.")] = False,
+):
+    "Print the state of the live model as metrics for Prometheus, from what `update` has collected; `check --json` has it as JSON."
+    from ml_ensemble.core import dashboard_file
+    if dashboard:
+        return _print_document(dashboard_file().read_text(encoding="utf-8"))
+    if target is not None and target.suffix != ".prom":
+        raise ConfigError(f"--to is {str(target)[:100]!r}", "Name a file that ends with .prom: the collector reads no other.")
+    path = None if target is None else _check_output(target)
+    text = _metrics_of(_store_of(context), source, days, set_)
+    if path is None:
+        sys.stdout.write(text)
+    else:
+        write_atomic(path, text)
+        count = sum(line[0] != "#" for line in text.splitlines())
+        _console().print(f"{count} series in {_plain(str(path))}", soft_wrap=True)
+
+def _metrics_of(store: ModelStore, source: str | None, days: int | None, set_: list[str] | None) -> str:
+    "Metrics of the live model as text; the database is not changed."
+    from ml_ensemble.config import load_settings
+    load_settings(list(set_ or ()))               # a wrong setting is reported before the slow imports
+    from ml_ensemble.live_alarms import live_state
+    from ml_ensemble.monitor_metrics import metrics_text, read_open_alarms
+    from ml_ensemble.monitor_update import open_database
+    from ml_ensemble.run_settings import get_market, run_overrides
+    settings = load_settings([*(set_ or ()), *run_overrides(source, days)])
+    database = open_database(settings, store)
+    state = live_state(store, settings, database, get_market(settings))
+    return metrics_text(state, read_open_alarms(database, state.market))
+
+# %% ../nbs/70_cli.ipynb #70b00007
+@monitor_app.command("serve")
+def monitor_serve_command(
+    context: typer.Context, log: _Bots = None, replay: _Computed = False, source: _Source = None, days: _Days = None, set_: _Set = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0: any free one.")] = 8765,
+    every: Annotated[int, typer.Option(min=10, help="Seconds from the end of an update to the next one.")] = 900,
+    open_: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+):
+    "Serve the report, /state.json, /metrics and /healthz on this machine until Ctrl-C; updates run in the background."
+    from ml_ensemble.config import load_settings
+    load_settings(list(set_ or ()))
+    from ml_ensemble.monitor_server import serve_monitor
+
+    def announce(url: str) -> None:
+        _console().print(f"{url}  (Ctrl-C ends)", soft_wrap=True)
+        sys.stdout.flush()
+        if open_:
+            import webbrowser
+            webbrowser.open(url)
+
+    serve_monitor(_store_of(context), port=port, every=every, ready=announce, source=source or "", days=days or 0,
+                  overrides=list(set_ or ()), log=log or "", replay=replay)
 
 # %% ../nbs/70_cli.ipynb #95e25f4a
 if __name__ == "__main__" and "get_ipython" not in globals():

@@ -11,8 +11,9 @@ __all__ = ['shorten', 'MLEnsembleError', 'ConfigError', 'DataError', 'FeatureErr
            'ChangedMeaningError', 'StaleStoreError', 'MissingExtraError', 'requires_extra', 'canonical_json',
            'readable_json', 'sha256_hex', 'sync_directory', 'check_replaceable', 'write_atomic', 'read_regular',
            'utc_now', 'in_utc', 'iso', 'working_directory', 'explain_os_error', 'find_project', 'project_root',
-           'core_file', 'page_file', 'models_dir', 'version_id', 'usable_cpus', 'n_threads', 'in_threads',
-           'hide_credentials', 'check_store_url', 'format_number', 'format_percent', 'format_return', 'MarkdownRepr']
+           'core_file', 'page_file', 'dashboard_file', 'models_dir', 'version_id', 'usable_cpus', 'n_threads',
+           'in_threads', 'hide_credentials', 'check_store_url', 'format_number', 'format_percent', 'format_return',
+           'MarkdownRepr']
 
 # %% ../nbs/00_core.ipynb #dd71e0b3
 import errno
@@ -376,6 +377,10 @@ def core_file(name: str) -> Path:
 def page_file(name: str) -> Path:
     "A notebook that a command executes: `nbs/` of the project, or the copy in the package."
     return _find_file(f"nbs/{name}", f"pages/{name}")
+
+def dashboard_file() -> Path:
+    "The Grafana dashboard of the live model: `config/grafana/` of the project, or the copy in the package."
+    return _find_file("config/grafana/live-model.json", "defaults/grafana/live-model.json")
 
 def models_dir() -> Path:
     "The model store: `ML_ENSEMBLE_MODELS`, or `models/` of the project."

@@ -137,7 +137,7 @@ def test_colours_have_enough_contrast_in_light_dark_and_print():
     palettes = [dict(re.findall(r"--(\w+): (#\w{6})", block)) for block in re.findall(r":root \{(.*?)\}", style, re.S)]
     assert len(palettes) == 3
     for colours in palettes:
-        for name in ("ink", "soft", "link", "good", "bad"):
+        for name in ("ink", "soft", "link", "good", "bad", "wait"):
             for ground in ("paper", "box"):
                 bright, dark = sorted((luminance(colours[name]), luminance(colours[ground])), reverse=True)
                 assert (bright + 0.05) / (dark + 0.05) >= 4.5, (name, ground, colours)

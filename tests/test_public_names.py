@@ -37,7 +37,8 @@ PUBLIC = {
     "classifier": "EnsembleClassifier",
     "cli": """
         app audit_command backup candles_command check cli_main diff_command export history keygen_command
-        monitor_app monitor_check_command monitor_export_command monitor_report_command monitor_update_command
+        monitor_app monitor_check_command monitor_export_command monitor_metrics_command monitor_report_command
+        monitor_serve_command monitor_update_command
         overdue_command pin_command predict promote_command prune_command publish_command pull_store_command
         push_store_command report_command restore_command retrain_command rollback run_command shadow_command
         show_command sign_command unpin_command verify_command versions_command
@@ -55,7 +56,7 @@ PUBLIC = {
         MarkdownRepr MissingColumnError MissingExtraError MissingValueError ModelNotFoundError NegativeValueError
         NotATableError RetrainError SignatureError StaleDataError StaleStoreError StoreError TimestampError
         TooShortError UnsafeModelError UnsortedError ValidationError canonical_json check_replaceable
-        check_store_url core_file explain_os_error find_project format_number format_percent format_return
+        check_store_url core_file dashboard_file explain_os_error find_project format_number format_percent format_return
         hide_credentials in_threads in_utc iso models_dir n_threads page_file project_root read_regular
         readable_json requires_extra sha256_hex shorten sync_directory usable_cpus utc_now version_id
         working_directory write_atomic
@@ -121,10 +122,12 @@ PUBLIC = {
     "monitor_database": """
         ALARMS LOGS MonitorDatabase OUTCOMES PREDICTIONS UPDATES export_parquet migrate read_shadow_lines
     """,
+    "monitor_metrics": "live_metrics metrics_text read_open_alarms",
     "monitor_report": """
         alarm_table data_table live_predictions newest_decisions reliability_figure shadow_beside_production
         state_page versions_side_by_side write_monitor_report
     """,
+    "monitor_server": "Snapshot serve serve_monitor take_snapshot",
     "monitor_update": "MonitorUpdate collect_log log_paths monitor_folder open_database update_monitoring",
     "monitoring": "Diagnosis HealthCheck diagnose run_overdue",
     "onnx_export": "export_onnx load_with_custom to_full_onnx",

@@ -9,12 +9,16 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 
+import monitored
 from conftest import TINY
 from ml_ensemble import ModelStore
+from ml_ensemble.candles import OHLCV
 from ml_ensemble.config import load_settings
+from ml_ensemble.monitor_database import PREDICTIONS, MonitorDatabase
 from scratch import clean_environment
 from test_exchange import PLACES, STEP, Server
 from test_retrain_weeks import REDIRECT, WEEK
@@ -44,6 +48,19 @@ def test_every_step_is_a_pinned_action_or_a_command_of_this_project(path):
                 assert len(step["run"].splitlines()) == 1
             else:
                 assert re.fullmatch(r"actions/[a-z/-]+@[0-9a-f]{40}", step["uses"]), step
+
+
+def test_the_monitoring_reads_only_and_follows_the_close_of_each_bar():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/monitor.yml").read_text())
+    (job,) = workflow["jobs"].values()
+    assert workflow["permissions"] == {} and job["permissions"] == {"contents": "read"}
+    minute, hours = workflow[True]["schedule"][0]["cron"].split()[:2]
+    assert hours == "*/4" and 0 < int(minute) < 30 and workflow[True]["schedule"][0]["timezone"] == "Etc/UTC"
+    uploads = [step["with"]["path"] for step in job["steps"] if "upload-artifact" in step.get("uses", "")]
+    assert uploads == ["models/monitor/*.html"]                        # neither database nor credentials
+    secrets = [name for step in job["steps"] for name, value in step.get("env", {}).items() if "secrets." in value]
+    assert {step["name"]: "!cancelled()" in step.get("if", "") for step in job["steps"]}["Report"]              # also after an alarm
+    assert set(secrets) == {"ML_ENSEMBLE_ALERT_URLS", "PGPASSWORD"} and "secrets." not in str(job["env"])
 
 
 def test_the_weekly_retrain_is_never_cancelled_and_ci_runs_the_tests():
@@ -96,8 +113,8 @@ class Actions:
                        env={**os.environ, "GIT_LFS_SKIP_SMUDGE": "1"})
         return clone
 
-    def run(self, workflow: str, before_step=lambda name: None, **inputs) -> dict[str, int]:
-        """Execute a workflow; returns the exit code of each step that ran."""
+    def run(self, workflow: str, before_step=lambda name: None, without: tuple[str, ...] = (), **inputs) -> dict[str, int]:
+        """Execute a workflow, but for some steps; returns the exit code of each step that ran."""
         self.number += 1
         clone = self.clone(f"run-{self.number}")
         (clone / ".venv").mkdir()
@@ -106,7 +123,10 @@ class Actions:
         if (self.folder / "cache").exists():
             shutil.copytree(self.folder / "cache", clone / ".candles")
         self.summary = self.folder / f"summary-{self.number}.md"
-        codes = self._execute(clone, yaml.safe_load((ROOT / ".github/workflows" / f"{workflow}.yml").read_text()), before_step, inputs)
+        described = yaml.safe_load((ROOT / ".github/workflows" / f"{workflow}.yml").read_text())
+        for job in described["jobs"].values():
+            job["steps"] = [step for step in job["steps"] if step.get("name") not in without]
+        codes = self._execute(clone, described, before_step, inputs)
         if (clone / ".candles").exists():
             shutil.copytree(clone / ".candles", self.folder / "cache", dirs_exist_ok=True)
         return codes
@@ -114,11 +134,12 @@ class Actions:
     def _execute(self, clone: Path, workflow: dict, before_step, inputs: dict) -> dict[str, int]:
         (job,), codes = workflow["jobs"].values(), {}
         values = {"github.workspace": str(clone), "secrets.ML_ENSEMBLE_ALERT_URLS": self.alerts,
-                  "inputs.source || vars.ML_ENSEMBLE_SOURCE": inputs.get("source", ""), "inputs.settings": inputs.get("settings", "")}
+                  "inputs.source || vars.ML_ENSEMBLE_SOURCE": inputs.get("source", ""), "inputs.settings": inputs.get("settings", ""),
+                  "vars.ML_ENSEMBLE_SOURCE": "", "vars.ML_ENSEMBLE_MONITOR_DATABASE": "", "secrets.PGPASSWORD": ""}
         for step in (step for step in job["steps"] if "run" in step):
             condition = step.get("if", "")
-            if any(codes.values()) and "cancelled" not in condition or "vars.ML_ENSEMBLE_PULL_REQUEST" in condition:
-                continue
+            if any(codes.values()) and "cancelled" not in condition or re.search("PULL_REQUEST|MONITOR_DATABASE != ''", condition):
+                continue                                                          # neither variable is set
             before_step(step["name"])
             given = {name: re.sub(r"\$\{\{ (.*?) \}\}", lambda match: values[match[1]], str(value))
                      for name, value in (job.get("env", {}) | step.get("env", {})).items()}
@@ -199,6 +220,28 @@ def test_a_month_of_the_weekly_workflow_arrives_at_the_remote(actions, inbox):
     assert SECRET not in actions.output + git(actions.remote, "log", "--all", "-p")
     names = subprocess.run(["grep", "-rlF", SECRET, actions.folder], capture_output=True, text=True).stdout
     assert names == ""
+
+
+@pytest.mark.slow
+@pytest.mark.untraced
+def test_the_monitoring_workflow_fetches_every_version_that_was_live_and_fails_when_an_alarm_is_open(actions, inbox):
+    clone = actions.clone("seed")
+    (clone / ".venv").mkdir()
+    (clone / ".venv/bin").symlink_to(Path(sys.executable).parent)
+    candles = pd.DataFrame.from_dict(actions.exchange.rows, "index", columns=list(OHLCV))
+    candles.index = pd.to_datetime(candles.index, unit="ms", utc=True)
+    for stop in (1500, 1800):
+        monitored.promote(ModelStore(clone / "models"), candles.iloc[:stop], PLACES["bitbank"], f"ccxt:{PLACES['bitbank']}")
+    done = subprocess.run([".venv/bin/ml-ensemble", "publish"], cwd=clone, capture_output=True, text=True, env=clean_environment())
+    assert done.returncode == 0, done.stderr
+
+    codes = actions.run("monitor", without=("Report",))                          # the page has tests of its own, and takes half a minute
+    assert codes == {"Fetch the versions": 0, "Install": 0, "Update from candles": 0, "Check": 4}, actions.output
+    (alert,) = inbox                       # the versions are no better than the prior on a random walk, against what their metadata say
+    assert "ALARM against the validated gain" in alert["message"] and "What to do:" in alert["message"]
+    found = MonitorDatabase(f"sqlite:///{actions.folder}/run-1/models/monitor/monitor.sqlite").read(PREDICTIONS, PLACES["bitbank"])
+    assert found.groupby("stage")["version"].nunique().to_dict() == {"production": 2, "previous": 1, "baseline": 2}
+    assert SECRET not in actions.output
 
 
 @pytest.mark.slow
