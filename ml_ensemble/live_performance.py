@@ -335,8 +335,13 @@ def _describe_test(test: SkillTest) -> str:
     if test.alarm:
         return f"ALARM against the {test.against}: the live model is worse since some week up to {test.times[-1]:%Y-%m-%d}. Gain {found}."
     word = "better" if low > 0 else "worse over all bars, and not since a recent week" if high < 0 else "not decided"
-    wait = f" A complete loss would be found after about {test.delay:,} bars." if test.delay else ""
+    wait = f" A complete loss would be found after about {test.delay:,} bars ({_weeks(test):,.0f} weeks)." if test.delay else ""
     return f"Against the {test.against}: {word}. Gain {found}.{wait}"
+
+def _weeks(test: SkillTest) -> float:
+    "The expected delay in weeks."
+    bar = pd.Series(test.times).diff().median()
+    return (test.delay or 0) * (bar / pd.Timedelta(weeks=1))
 
 def _test_of(rows: LiveRows, against: str, forecast: str, alpha: float, restart: int, margin: np.ndarray | float = 0.0) -> SkillTest:
     "The test on rows that all have both forecasts."
