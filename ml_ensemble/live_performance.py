@@ -338,6 +338,7 @@ def _describe_test(test: SkillTest) -> str:
     wait = f" A complete loss would be found after about {test.delay:,} bars ({_weeks(test):,.0f} weeks)." if test.delay else ""
     return f"Against the {test.against}: {word}. Gain {found}.{wait}"
 
+# %% ../nbs/62_live_performance.ipynb #4017245e
 def _weeks(test: SkillTest) -> float:
     "The expected delay in weeks."
     bar = pd.Series(test.times).diff().median()
