@@ -24,7 +24,7 @@ endef
 export WITH_ARGS
 RUN := $(BIN)/python -P -c "$$WITH_ARGS"
 
-.PHONY: help install retrain fetch-production retrain-branch pull-request test test-quick checks export-check lint compiled lab notebooks bench bench-monitor bench-retrain bench-store faults lock clean
+.PHONY: help install retrain fetch-production fetch-versions retrain-branch pull-request test test-quick checks export-check lint compiled lab notebooks bench bench-monitor bench-retrain bench-store faults lock clean
 .DEFAULT_GOAL := help
 
 help: ## Print this list
@@ -47,6 +47,10 @@ retrain: .venv/.installed ## Run the weekly retrain notebook; by default on the 
 fetch-production: ## Fetch the model in production from Git LFS, and no other version
 	@git lfs install --local >/dev/null
 	@git lfs pull --include "models/production/*"
+
+fetch-versions: ## Fetch the models in production and in the archive from Git LFS
+	@git lfs install --local >/dev/null
+	@git lfs pull --include "models/production/*,models/archive/*"
 
 # For a protected branch: the weekly workflow publishes on a branch of its own and asks for a merge.
 retrain-branch: ## Make a branch for what a retrain publishes, on the remote as well
