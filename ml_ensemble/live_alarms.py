@@ -291,7 +291,7 @@ def _describe_state(state: LiveState) -> str:
         return f"{begin}: ALARM, {names}."
     if state.light == "green":
         return f"{begin}: no alarm; better than the prior on {settled:,} settled bars."
-    return f"{begin}: no alarm; {settled:,} settled bars are too few to say whether it is better than the prior."
+    return f"{begin}: no alarm; {settled:,} settled bars are too few to decide whether it is better than the prior."
 
 def live_state(store: ModelStore, settings: Settings, database: MonitorDatabase, market: Market) -> LiveState:
     """The state of the live model, from the database.
