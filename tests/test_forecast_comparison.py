@@ -186,10 +186,22 @@ def test_the_validated_gain_as_margin_finds_a_dead_signal_sooner():
     assert least_delay(difference[500:] + 0.01, bound=0.99) < half - 500
 
 
+def test_versions_with_different_gains_have_a_margin_of_each_bar():
+    rng = np.random.default_rng(1)
+    live, baseline, bound = rng.uniform(0.2, 0.4, 800), rng.uniform(0.2, 0.4, 800), rng.uniform(0.2, 0.6, 800)
+    same = alarm_evidence(live, baseline, margin=0.01, bound=bound)
+    np.testing.assert_array_equal(alarm_evidence(live, baseline, margin=np.full(800, 0.01), bound=bound), same)
+    later = alarm_evidence(live, baseline, margin=np.where(np.arange(800) < 400, 0.01, 0.05), bound=bound)
+    np.testing.assert_array_equal(later[:400], same[:400])
+    assert (later[450:] > same[450:]).all()
+
+
 def test_losses_that_cannot_be_compared_are_a_named_error():
     with pytest.raises(ValidationError, match="differ by more than 1"):
         alarm_evidence([2.0], [0.0])
     with pytest.raises(ValidationError, match="every 0"):
         alarm_evidence([0.2], [0.1], every=0)
+    with pytest.raises(ValidationError, match="margin is 1"):
+        alarm_evidence([0.2], [0.1], margin=[1.0])
     with pytest.raises(ValidationError, match="mixture 'normal'"):
         compare_scores([0.2], [0.1], mixture="normal")
