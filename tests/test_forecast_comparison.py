@@ -114,6 +114,24 @@ def test_alarms_are_rare_in_all_bars_together_when_nothing_is_wrong(gain):
     assert alarms <= 0.084 * 400
 
 
+@pytest.mark.parametrize("down, up, margin", [(1.0, 1.0, 0.0), (1.0, 0.05, 0.0), (0.05, 1.0, 0.0), (0.3, 0.6, 0.0), (0.02, 0.02, 0.0),
+                                              (0.4, 0.5, 0.1), (1.0, 0.05, 0.3), (0.9, -0.2, 0.45)])
+@pytest.mark.parametrize("each_bar", [False, True])
+def test_the_mean_evidence_over_all_sequences_is_at_most_one_when_nothing_is_wrong(down, up, margin, each_bar):
+    # all 2^11 sequences of differences -down or up, plus margin, with a mean of exactly 0: the definition of an e-process, without chance
+    ups = (np.arange(2**11)[:, None] >> np.arange(11)) & 1
+    size = np.where(np.arange(11) % 2, 1.0, 0.5)                       # the scale changes from bar to bar
+    chance = (down - margin) / (up + down)
+    probability = np.where(ups, chance, 1 - chance).prod(axis=1)
+    moved = np.where(ups, up, -down) * size + margin * (size - 1)       # its mean is -margin at each bar
+    bound = np.maximum(np.abs(moved).max(axis=0), 0.02) if each_bar else 1.0
+    evidence = np.array([alarm_evidence(0.5 + row / 2, 0.5 - row / 2, margin=margin, bound=bound, every=3) for row in moved])
+    assert probability.sum() == pytest.approx(1)
+    mean = probability @ np.exp(evidence)
+    assert (mean <= 1 + 1e-12).all() and mean.min() > 0.5
+    assert probability[np.exp(evidence).max(axis=1) >= 2].sum() <= 0.5              # Ville's inequality, exactly
+
+
 def test_alarms_are_rare_when_each_bar_has_a_bound_of_its_own():
     # the true probability is between the two forecasts, where both are equally good: the mean difference is 0 at every bar
     alarms = 0
