@@ -53,9 +53,10 @@ def _statistics(grid: np.ndarray, scale: float, windows: np.ndarray) -> np.ndarr
     ordered = np.sort(windows, axis=1)
     return np.column_stack([_window_psi(grid, ordered), _wasserstein(grid, ordered) / scale, _ks(grid, ordered)])
 
-# %% ../nbs/49_drift.ipynb #5ad54ab7
+# %% ../nbs/49_drift.ipynb #6f285e95
 STATISTICS = ("psi", "wasserstein", "ks")
-_YEARLY = 0.015              # false alarms a year, of all features and statistics together, for each length of window
+_YEARLY = 0.015              # false alarms a year, of all features together, for each length of window
+_SHARES = 4                  # that the three statistics and the limits of single bars have of them
 _THRESHOLD, _MOST_ABOVE = 0.9, 400      # the tail begins at this quantile, or at the 400 largest values if there are more
 _GAP = 4                     # stretches below the threshold that end a cluster; as many begin within one window
 _USUAL_SHAPE, _WEIGHT = 0.2, 20    # of the tail, with the weight of 20 clusters, before the sample is seen
@@ -108,14 +109,14 @@ def _value_limits(known: np.ndarray, yearly: float, yearly_bars: float) -> tuple
     margin = 1e-6 * max(abs(low), abs(high))
     return _short(low - margin), _short(high + margin)
 
-# %% ../nbs/49_drift.ipynb #77be1b14
+# %% ../nbs/49_drift.ipynb #c57d14d3
 def _window_limits(values: np.ndarray, grid: np.ndarray, scale: float, length: int, yearly_bars: float, tests: int) -> dict | None:
     "Limits of the statistics for one length; None if the training period has too few stretches."
     parts = _parts_of(values, length)
     whole = parts[~np.isnan(parts).any(axis=1)]
     if len(whole) < _FEWEST_STRETCHES:
         return None
-    yearly, yearly_stretches = _YEARLY / (tests * len(STATISTICS)), yearly_bars / -(-length // 4)
+    yearly, yearly_stretches = _YEARLY / (tests * _SHARES), yearly_bars / -(-length // 4)
     limits = [_tail_limit(found, yearly, yearly_stretches) for found in _statistics(grid, scale, whole).T]
     limits[1] = max(limits[1], 1e-6 * np.abs(grid).max() / scale)                        # the grid is rounded
     attainable = (_largest_psi(grid, length), np.inf, 1.0)
@@ -134,7 +135,7 @@ def _feature_reference(values: np.ndarray, windows: Sequence[int], quantiles: in
     scale = quartiles[1] - quartiles[0] or known.max() - known.min() or 1.0
     runs, repeats = _run_lengths(values), max(float(np.mean(known[1:] == known[:-1])), 1 / len(known))
     chance = np.log(yearly_bars * tests / _YEARLY) / -np.log(min(repeats, 0.999))
-    low, high = _value_limits(known, _YEARLY / (tests * 2), yearly_bars)
+    low, high = _value_limits(known, _YEARLY / (tests * _SHARES * 2), yearly_bars)
     limits = {str(n): _window_limits(values, np.array(grid), _short(scale), n, yearly_bars, tests) for n in windows}
     return {"grid": grid, "scale": _short(scale), "low": low, "high": high, "stuck": int(runs.max() - 1 + np.ceil(chance)),
             "limits": {name: found for name, found in limits.items() if found}}
@@ -181,7 +182,7 @@ def feature_reference(features: pd.DataFrame, *, windows: Sequence[int] = (6, 42
             "features": {str(name): _feature_reference(values[:, k], windows, quantiles, yearly_bars, values.shape[1])
                          for k, name in enumerate(features.columns)}}
 
-# %% ../nbs/49_drift.ipynb #bb933618
+# %% ../nbs/49_drift.ipynb #00300b63
 _ALL = (*STATISTICS, "stuck", "outside", "missing")
 _FEWEST_BARS = 5 / 6                         # of a window, for PSI, Wasserstein and KS
 
@@ -205,7 +206,8 @@ def _window_statistics(feature: dict, values: np.ndarray, runs: np.ndarray, logg
     reach = np.where(above > 0, feature["high"] - np.median(feature["grid"]), feature["low"] - np.median(feature["grid"]))
     some, bars = count > 0, logged.sum(axis=1)
     found[some, 3] = np.maximum(runs[some].max(axis=1) - 1, 0)
-    found[some, 4] = np.nanmax(above[some] / reach[some], axis=1)
+    second = np.partition(np.where(np.isnan(above), -np.inf, above / reach), length - 2, axis=1)[:, -2] if length > 1 else -np.inf
+    found[:, 4] = np.where(count > 1, second, np.nan)
     found[:, 5] = np.divide(bars - count, bars, out=np.full(len(bars), np.nan), where=bars > 0)
     return found
 
@@ -214,7 +216,7 @@ def _limits_of(feature: dict, length: int) -> np.ndarray:
     limits = feature["limits"][str(length)]
     return np.array([*(limits[name] for name in STATISTICS), feature["stuck"], 1.0, limits["missing"]], dtype=np.float64)
 
-# %% ../nbs/49_drift.ipynb #733e53a3
+# %% ../nbs/49_drift.ipynb #1ebd9893
 @dataclass(frozen=True)
 class DriftAlarm:
     """One statistic of one feature above its limit in one window.
@@ -249,10 +251,11 @@ class DriftReport(MarkdownRepr):
     Parameters
     ----------
     table : pandas.DataFrame
-        One row for each window, length and feature: `end` (when the window is complete), `length`, `feature`, `bars` (that are
-        logged), the statistics `psi`, `wasserstein`, `ks`, `stuck` (bars that repeat the value before), `outside` (largest distance of a
-        bar from the median, 1 at the limits of single bars) and `missing`; each divided by its limit as `psi_ratio` and so on; the
-        largest ratio as `ratio`, its `statistic`, and `alarm`, whether it is above 1.
+        One row for each window, length and feature: `end` (when the window is complete), `start`, `length`, `feature`, `bars` (that
+        are logged), the statistics `psi`, `wasserstein`, `ks`, `stuck` (bars that repeat the value before), `outside` (distance of
+        the second-farthest bar from the median, 1 at the limits of single bars) and `missing` (share of the logged bars); each
+        divided by its limit as `psi_ratio` and so on; the largest ratio as `ratio`, its `statistic`, and `alarm`, whether it is
+        above 1.
     alarms : list of DriftAlarm
         Each statistic above its limit, in the order of time.
     """
@@ -385,7 +388,7 @@ def measure_drift(reference: dict, values: pd.DataFrame, *, interval: pd.Timedel
     >>> noise = pd.DataFrame({"noise": np.random.default_rng(0).normal(size=3042)}, index=times)
     >>> noise.iloc[3020:] *= 100
     >>> print(measure_drift(feature_reference(noise[:3000]), noise[3000:], interval="4h").sentence())
-    1 of 1 features have moved. First noise: wasserstein 46.2, limit 2.19, in the 6 bars until 2025-05-19 00:00
+    1 of 1 features have moved. First noise: wasserstein 46.2, limit 2.24, in the 6 bars until 2025-05-19 00:00
     """
     if reference.get("version") != REFERENCE_VERSION:
         raise ValidationError(f"the reference has version {reference.get('version')}, this code reads {REFERENCE_VERSION}", "Retrain.")

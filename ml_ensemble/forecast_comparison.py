@@ -337,8 +337,8 @@ def brier_bound(live: np.ndarray, baseline: np.ndarray) -> np.ndarray:
     of_class = ((p**2).sum(axis=1) - (q**2).sum(axis=1))[:, None] / 2 - (p - q)
     return np.abs(of_class).max(axis=1)
 
-def alarm_evidence(live: np.ndarray, baseline: np.ndarray, *, margin: float | np.ndarray = 0.0, bound: float | np.ndarray = 1.0,
-                   horizon: int = 1, every: int = 42) -> np.ndarray:
+def alarm_evidence(live: np.ndarray, baseline: np.ndarray, *, margin: float | np.ndarray = 0.0,
+                   bound: float | np.ndarray = 1.0, horizon: int = 1, every: int = 42) -> np.ndarray:
     """Evidence that the forecaster in use is worse than a baseline since some week, after each bar.
 
     Parameters
@@ -346,8 +346,8 @@ def alarm_evidence(live: np.ndarray, baseline: np.ndarray, *, margin: float | np
     live, baseline : array_like, shape (T,)
         Loss of each bar in the order of time, such as `metrics.row_brier`; smaller is better. Only bars with both.
     margin : float or array_like of shape (T,), default 0
-        Gain over the baseline that the live forecaster has if nothing is wrong, from 0 to below `bound`; of all bars, or of each,
-        known before its outcome. 0: it is not worse.
+        Gain over the baseline that the live forecaster has if nothing is wrong, from 0 to below `bound`; 0: it is not worse. One for
+        each bar if versions with different gains were live, each known before the outcome.
     bound : float or array_like of shape (T,), default 1
         Largest absolute difference of two losses that is possible: of all bars, or of each bar, known before its outcome, such
         as `brier_bound`. The smaller, the sooner the alarm.
@@ -377,14 +377,15 @@ def alarm_evidence(live: np.ndarray, baseline: np.ndarray, *, margin: float | np
     """
     limit, gain = np.asarray(bound, dtype=np.float64), np.asarray(margin, dtype=np.float64)
     difference = _loss_difference(np.asarray(live, dtype=np.float64), np.asarray(baseline, dtype=np.float64), limit)
-    if not (gain >= 0).all() or limit.ndim == 0 and (gain >= limit).any() or horizon < 1 or every < 1:
-        raise ValidationError(f"margin is {gain.max(initial=0):g}, horizon {horizon} and every {every}",
+    fits = gain.shape in ((), difference.shape) and (gain >= 0).all() and (limit.ndim == 1 or (gain < limit).all())
+    if not fits or horizon < 1 or every < 1:
+        raise ValidationError(f"margin is {gain.max(initial=-np.inf):g}, horizon {horizon} and every {every}",
                               "Use a margin from 0 to below the bound, and a horizon and a number of bars from 1.")
-    evidence, lower = np.full(len(difference), -np.inf), np.maximum(limit - gain, _LEAST_BOUND)
-    difference = difference + gain
+    moved, lower = difference + gain, np.maximum(limit - gain, _LEAST_BOUND)
+    evidence = np.full(len(difference), -np.inf)
     for stream in range(horizon):
         known = lower[stream::horizon] if lower.ndim else lower
-        own = _restart_evidence(difference[stream::horizon], known, -(-every // horizon))
+        own = _restart_evidence(moved[stream::horizon], known, -(-every // horizon))
         evidence = np.maximum(evidence, _held(own, stream, horizon, len(difference), 0.0))
     return evidence - np.log(horizon)
 

@@ -69,6 +69,15 @@ def test_a_broken_feature_is_named_and_no_other(example, breakage, finds, name):
     assert name in report.sentence() and name in repr(report)
 
 
+def test_one_extreme_bar_is_no_alarm_and_two_are(example):
+    reference, year = example
+    window = int(np.flatnonzero(year.index.as_unit("ns").asi8 // pd.Timedelta("4h").value % 42 == 0)[3])
+    for bars, drifted in ((1, []), (2, ["quick"])):
+        crash = year.copy()
+        crash.iloc[window:window + bars, 0] = 1.1 * reference["features"]["quick"]["low"]
+        assert measure_drift(reference, crash, interval="4h").drifted == drifted
+
+
 @settings(max_examples=20)
 @given(st.integers(50, YEAR))
 def test_a_window_is_the_same_whenever_one_looks(example, bars):

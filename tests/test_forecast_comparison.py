@@ -114,6 +114,24 @@ def test_alarms_are_rare_in_all_bars_together_when_nothing_is_wrong(gain):
     assert alarms <= 0.084 * 400
 
 
+@pytest.mark.parametrize("down, up, margin", [(1.0, 1.0, 0.0), (1.0, 0.05, 0.0), (0.05, 1.0, 0.0), (0.3, 0.6, 0.0), (0.02, 0.02, 0.0),
+                                              (0.4, 0.5, 0.1), (1.0, 0.05, 0.3), (0.9, -0.2, 0.45)])
+@pytest.mark.parametrize("each_bar", [False, True])
+def test_the_mean_evidence_over_all_sequences_is_at_most_one_when_nothing_is_wrong(down, up, margin, each_bar):
+    # all 2^11 sequences of differences -down or up, plus margin, with a mean of exactly 0: the definition of an e-process, without chance
+    ups = (np.arange(2**11)[:, None] >> np.arange(11)) & 1
+    size = np.where(np.arange(11) % 2, 1.0, 0.5)                       # the scale changes from bar to bar
+    chance = (down - margin) / (up + down)
+    probability = np.where(ups, chance, 1 - chance).prod(axis=1)
+    moved = np.where(ups, up, -down) * size + margin * (size - 1)       # its mean is -margin at each bar
+    bound = np.maximum(np.abs(moved).max(axis=0), 0.02) if each_bar else 1.0
+    evidence = np.array([alarm_evidence(0.5 + row / 2, 0.5 - row / 2, margin=margin, bound=bound, every=3) for row in moved])
+    assert probability.sum() == pytest.approx(1)
+    mean = probability @ np.exp(evidence)
+    assert (mean <= 1 + 1e-12).all() and mean.min() > 0.5
+    assert probability[np.exp(evidence).max(axis=1) >= 2].sum() <= 0.5              # Ville's inequality, exactly
+
+
 def test_alarms_are_rare_when_each_bar_has_a_bound_of_its_own():
     # the true probability is between the two forecasts, where both are equally good: the mean difference is 0 at every bar
     alarms = 0
@@ -186,10 +204,22 @@ def test_the_validated_gain_as_margin_finds_a_dead_signal_sooner():
     assert least_delay(difference[500:] + 0.01, bound=0.99) < half - 500
 
 
+def test_versions_with_different_gains_have_a_margin_of_each_bar():
+    rng = np.random.default_rng(1)
+    live, baseline, bound = rng.uniform(0.2, 0.4, 800), rng.uniform(0.2, 0.4, 800), rng.uniform(0.2, 0.6, 800)
+    same = alarm_evidence(live, baseline, margin=0.01, bound=bound)
+    np.testing.assert_array_equal(alarm_evidence(live, baseline, margin=np.full(800, 0.01), bound=bound), same)
+    later = alarm_evidence(live, baseline, margin=np.where(np.arange(800) < 400, 0.01, 0.05), bound=bound)
+    np.testing.assert_array_equal(later[:400], same[:400])
+    assert (later[450:] > same[450:]).all()
+
+
 def test_losses_that_cannot_be_compared_are_a_named_error():
     with pytest.raises(ValidationError, match="differ by more than 1"):
         alarm_evidence([2.0], [0.0])
     with pytest.raises(ValidationError, match="every 0"):
         alarm_evidence([0.2], [0.1], every=0)
+    with pytest.raises(ValidationError, match="margin is 1"):
+        alarm_evidence([0.2], [0.1], margin=[1.0])
     with pytest.raises(ValidationError, match="mixture 'normal'"):
         compare_scores([0.2], [0.1], mixture="normal")

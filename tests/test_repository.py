@@ -131,7 +131,8 @@ def test_noise_in_an_output_is_recognised(text, kind):
 
 
 @pytest.mark.parametrize("path", [path for path in PAGES if path.stem in ("weekly_retrain", "monitor", "benchmarks", "ablation", "tune",
-                                                                     "gate_characteristics", "shadow_characteristics")],
+                                                                     "gate_characteristics", "shadow_characteristics",
+                                                                     "monitor_characteristics")],
                          ids=lambda path: path.stem)
 def test_a_papermill_page_has_exactly_one_parameters_cell_and_every_parameter_has_a_type_and_a_help_text(path):
     import papermill
