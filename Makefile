@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Their outputs are reports of a moment, kept elsewhere; the pages are stored without.
 PAPERMILL_PAGES := nbs/weekly_retrain.ipynb nbs/monitor.ipynb nbs/benchmarks.ipynb
 # They show a long run that was done once; each page says how to repeat it.
-RECORDED_PAGES := nbs/ablation.ipynb nbs/gate_characteristics.ipynb nbs/shadow_characteristics.ipynb nbs/tune.ipynb
+RECORDED_PAGES := nbs/ablation.ipynb nbs/gate_characteristics.ipynb nbs/monitor_characteristics.ipynb nbs/shadow_characteristics.ipynb nbs/tune.ipynb
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
@@ -24,7 +24,7 @@ endef
 export WITH_ARGS
 RUN := $(BIN)/python -P -c "$$WITH_ARGS"
 
-.PHONY: help install retrain fetch-production retrain-branch pull-request test test-quick checks export-check lint compiled lab notebooks bench bench-retrain bench-store faults lock clean
+.PHONY: help install retrain fetch-production fetch-versions retrain-branch pull-request test test-quick checks export-check lint compiled lab notebooks bench bench-monitor bench-retrain bench-store faults lock clean
 .DEFAULT_GOAL := help
 
 help: ## Print this list
@@ -47,6 +47,10 @@ retrain: .venv/.installed ## Run the weekly retrain notebook; by default on the 
 fetch-production: ## Fetch the model in production from Git LFS, and no other version
 	@git lfs install --local >/dev/null
 	@git lfs pull --include "models/production/*"
+
+fetch-versions: ## Fetch the models in production and in the archive from Git LFS
+	@git lfs install --local >/dev/null
+	@git lfs pull --include "models/production/*,models/archive/*"
 
 # For a protected branch: the weekly workflow publishes on a branch of its own and asks for a merge.
 retrain-branch: ## Make a branch for what a retrain publishes, on the remote as well
@@ -100,8 +104,12 @@ bench: .venv/.installed ## Speed and memory beside peers, error rates of the gat
 	  -p between 0 -p bars 6600 -p trees 0 -p workers 2; \
 	$(PRINT) < $$page
 	@$(BIN)/python tests/retrain_budget.py
+	@$(BIN)/python tests/prediction_load.py
 
-bench-retrain: .venv/.installed ## Its last part: a retrain of 17,000 bars on one core, seconds and memory of all its processes
+bench-monitor: .venv/.installed ## What a log of predictions costs a decision, 1,000 a second for a minute, and whether each row arrives in PostgreSQL
+	@$(RUN) $(BIN)/python tests/prediction_load.py
+
+bench-retrain: .venv/.installed ## Another part: a retrain of 17,000 bars on one core, seconds and memory of all its processes
 	@$(RUN) $(BIN)/python tests/retrain_budget.py
 
 bench-store: .venv/.installed ## Promotions under load beside plain files and MLflow, rollback, a long history (ARGS="--mlflow PYTHON")

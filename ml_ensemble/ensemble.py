@@ -185,10 +185,7 @@ class _Predictor:
         state, bar = self._state, (open, high, low, close, volume)
         if self._recorder is None:
             return decide_bar(state, bar, time, self._clock)[0]
-        begin = perf_counter()
-        decision, values = decide_bar(state, bar, time, self._clock)
-        self._recorder.observe(_Observation(bar, time, decision, values, 1e6 * (perf_counter() - begin), state.loaded))
-        return decision
+        return self._recorder.decide(state, bar, time)
 
     def predict_one(self, values, time=None) -> Decision:
         """Decide for one row of features; the stream is neither used nor changed.
@@ -682,23 +679,34 @@ class _Observation:
     decision: Decision
     values: list[float]
     latency_us: float
+    at: datetime
     loaded: LoadedModel
 
+# %% ../nbs/18_ensemble.ipynb #ec0637e8
 class _Recorder:
     """The log, and the version in shadow; all work is done by the thread of the log."""
 
     def __init__(self, store: ModelStore, log: PredictionLog, features: FeatureManager | None, clock: Callable[[], datetime]):
         self.store, self.log, self.features, self.clock = store, log, features, clock
+        self.folder = str(store.root / "shadow")
         self.shadow: LoadedModel | None = None
         self.seen: object = ()
 
-    def observe(self, seen: _Observation) -> None:
-        "Log the decision for a bar, and that of the version in shadow; returns at once."
-        self.log.submit(lambda: self.rows(seen))
+    def decide(self, state: ServingState, bar: tuple, time) -> Decision:
+        "Decide; the decision and that of the version in shadow are logged afterwards, by the thread of the log."
+        self.log.begin()
+        try:
+            begin = perf_counter()
+            decision, values = decide_bar(state, bar, time, self.clock)
+            seen = _Observation(bar, time, decision, values, 1e6 * (perf_counter() - begin), self.clock(), state.loaded)
+            self.log.submit(lambda: self.rows(seen))
+            return decision
+        finally:
+            self.log.end()
 
     def follow(self) -> LoadedModel | None:
         "The version in shadow; loaded if another one is there. None if there is none, or if it cannot be loaded."
-        stat = _folder_stat(self.store)
+        stat = _folder_stat(self.folder)
         if stat != self.seen:
             self.seen, self.shadow = stat, None
             try:
@@ -713,7 +721,7 @@ class _Recorder:
             self.log.note_fault("decide was called without the time of the bar, which a row of the log needs")
             return []
         nanoseconds = time_ns(seen.time)
-        moment, now = iso(EPOCH + timedelta(microseconds=nanoseconds // 1000)), self.log.now()
+        moment, now = iso(EPOCH + timedelta(microseconds=nanoseconds // 1000)), iso(seen.at)
         sequence = seen.loaded.metadata.get("sequence", 0)
         rows = [prediction_row(seen.loaded, moment, seen.decision, "production", sequence, now, values=seen.values,
                                latency_us=seen.latency_us)]
@@ -749,10 +757,10 @@ def prediction_row(loaded: LoadedModel, moment: str, decision: Decision, stage: 
                          None if decision.reason else decision.probabilities, decision.decision, decision.reason[:500],
                          loaded.meaning, written, replayed, features, latency_us)
 
-def _folder_stat(store: ModelStore) -> tuple | None:
+def _folder_stat(folder: str) -> tuple | None:
     "Identity of the folder of the version in shadow; changes with every file that is added or removed."
     try:
-        stat = os.stat(store.root / "shadow")
+        stat = os.stat(folder)
     except OSError:
         return None
     return stat.st_ino, stat.st_mtime_ns

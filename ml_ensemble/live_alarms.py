@@ -9,7 +9,7 @@ __all__ = ['Condition', 'LiveQuality', 'measure_quality', 'compare_features', 'l
 # %% ../nbs/63_live_alarms.ipynb #63a00003
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from .drift import BatchComparison, DriftReport, compare_with_batch, measure_dri
 from .feature_manager import FeatureManager, input_names, scale_free
 from .live_performance import LiveFigures, LiveRows, SkillTest, live_figures, live_rows, skill_tests
 from .market_data import Market
-from .monitor_database import ALARMS, MonitorDatabase
+from .monitor_database import ALARMS, LOGS, MonitorDatabase
 from .versioning import ModelStore
 
 # %% ../nbs/63_live_alarms.ipynb #63a00006
@@ -78,6 +78,10 @@ class LiveQuality:
         Median duration of the newest 100 decisions in microseconds.
     age_days : float or None
         Days since the newest training bar.
+    dropped : int
+        Predictions that the bots could not write to their logs, of those that wrote in the newest day.
+    last_fault : str
+        Why.
     """
     bars: int
     missing: int
@@ -87,6 +91,8 @@ class LiveQuality:
     newest_delay_minutes: float | None
     latency_us: float | None
     age_days: float | None
+    dropped: int = 0
+    last_fault: str = ""
 
 def measure_quality(rows: LiveRows, times: pd.DatetimeIndex, facts: dict, settings: Settings, now: datetime) -> LiveQuality:
     "Quality of the live rows, beside the `times` (T,) of all closed candles in UTC; `facts` are those of production."
@@ -101,6 +107,12 @@ def measure_quality(rows: LiveRows, times: pd.DatetimeIndex, facts: dict, settin
         bars=len(since), missing=int(missing.sum()), silent=_newest_run(missing), abstaining=_newest_run(~rows.predicted),
         late=int((delay > settings.monitor.late_minutes).sum()), newest_delay_minutes=float(newest.max()) if len(newest) else None,
         latency_us=_median(live["latency_us"].tail(100)), age_days=_age_of(facts, now))
+
+def _with_dropped(quality: LiveQuality, database: MonitorDatabase, now: datetime) -> LiveQuality:
+    "The same, with what the bots could not write."
+    logs = database.read(LOGS)
+    logs = logs[(logs["written"] > now - timedelta(days=1)) & (logs["dropped"] > 0)]
+    return replace(quality, dropped=int(logs["dropped"].sum()), last_fault="; ".join(logs["last_fault"])) if len(logs) else quality
 
 def _newest_run(mask: np.ndarray) -> int:
     "Number of True values at the end."
@@ -125,6 +137,9 @@ def _quality_conditions(quality: LiveQuality, settings: Settings) -> list[Condit
     if quality.abstaining >= monitor.silent_bars:
         found.append(Condition("abstains", "live model", f"The model abstained on the newest {quality.abstaining:,} bars.",
                                "The report names the reason."))
+    if quality.dropped:
+        found.append(Condition("dropped", "log", f"{quality.dropped:,} predictions could not be written ({quality.last_fault}).",
+                               "Look at the disk and the folder of the log; the rows can be computed from candles (--replay)."))
     if quality.newest_delay_minutes is not None and quality.newest_delay_minutes > monitor.late_minutes:
         found.append(Condition("late", "bar", f"A prediction came {quality.newest_delay_minutes:,.0f} minutes after the close of its "
                                f"bar, the limit is {monitor.late_minutes:g}.",
@@ -276,7 +291,7 @@ def _describe_state(state: LiveState) -> str:
         return f"{begin}: ALARM, {names}."
     if state.light == "green":
         return f"{begin}: no alarm; better than the prior on {settled:,} settled bars."
-    return f"{begin}: no alarm; {settled:,} settled bars are too few to say whether it is better than the prior."
+    return f"{begin}: no alarm; {settled:,} settled bars are too few to decide whether it is better than the prior."
 
 def live_state(store: ModelStore, settings: Settings, database: MonitorDatabase, market: Market) -> LiveState:
     """The state of the live model, from the database.
@@ -304,6 +319,7 @@ def live_state(store: ModelStore, settings: Settings, database: MonitorDatabase,
     settled = np.flatnonzero(rows.settled("prior"))[-settings.monitor.window:]
     newest = live_figures(rows.take(np.arange(len(rows)) >= settled[0]) if len(settled) else rows, settings)
     tests, quality = skill_tests(rows, store, settings), measure_quality(rows, times, facts, settings, store.clock())
+    quality = _with_dropped(quality, database, store.clock())
     compared, drift = compare_features(rows, market.candles, manager), live_drift(rows, facts, manager)
     conditions = [*_skill_conditions(tests), *_f1_condition(newest, settings), *_drift_conditions(compared, drift),
                   *_quality_conditions(quality, settings)]

@@ -67,7 +67,9 @@ OUTCOMES = sa.Table(
 
 # %% ../nbs/60_monitor_database.ipynb #60a00007
 LOGS = sa.Table("logs", _TABLES, sa.Column("path", sa.String, primary_key=True), sa.Column("position", sa.Integer, nullable=False),
-                sa.Column("file", sa.String, nullable=False), sa.Column("at", _UtcTime, nullable=False))
+                sa.Column("file", sa.String, nullable=False), sa.Column("at", _UtcTime, nullable=False),
+                sa.Column("dropped", sa.Integer, nullable=False), sa.Column("last_fault", sa.String, nullable=False),
+                sa.Column("written", _UtcTime))
 UPDATES = sa.Table("updates", _TABLES, sa.Column("id", sa.Integer, primary_key=True), sa.Column("at", _UtcTime, nullable=False),
                    sa.Column("market", sa.String, nullable=False), sa.Column("facts", sa.String, nullable=False))
 ALARMS = sa.Table(

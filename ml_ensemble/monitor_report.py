@@ -80,7 +80,7 @@ def data_table(state: LiveState) -> Markdown:
     delay, latency = quality.newest_delay_minutes, quality.latency_us
     rows = [["bars since the first prediction", f"{quality.bars:,}"], ["of which without a prediction", f"{quality.missing:,}"],
             ["newest bars without a prediction", f"{quality.silent:,}"], ["newest abstentions", f"{quality.abstaining:,}"],
-            ["predictions later than the limit", f"{quality.late:,}"],
+            ["predictions that could not be logged", f"{quality.dropped:,}"], ["predictions later than the limit", f"{quality.late:,}"],
             ["largest delay of the newest day", "–" if delay is None else f"{delay:,.1f} minutes"],
             ["median duration of a decision", "–" if latency is None else f"{latency:,.0f} µs"],
             ["age of the newest training bar", "–" if quality.age_days is None else f"{quality.age_days:,.1f} days"]]

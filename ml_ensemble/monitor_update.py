@@ -26,14 +26,14 @@ from .config import Settings, feature_manager
 from .labels import make_labels, next_returns
 from .market_data import Market
 from .monitor_database import LOGS, UPDATES, MonitorDatabase
-from .prediction_log import PredictionRow, from_record, read_records
+from .prediction_log import PredictionRow, dropped_rows, from_record, read_records
 from .retrain_steps import market_label
 from .run_settings import get_market
 from .shadow import open_version, predicted_rows, version_labels
 from .skill_sources import volatility_forecast
 from .store_records import meaning_digest
 from .trading_costs import entry_delay, known_spread, side_cost
-from .versioning import ModelStore, present_or_damaged, read_shadow
+from .versioning import ModelStore, present_or_damaged, production_changes, read_shadow
 from .walk_forward import Predictions, TrainingSet, make_training_set
 
 # %% ../nbs/61_monitor_update.ipynb #61a00006
@@ -86,9 +86,10 @@ def collect_log(database: MonitorDatabase, path: Path) -> int:
     known = database.read(LOGS, path=name, file=file)
     records = read_records(path, after=int(known["position"].iloc[0]) if len(known) else 0)
     new = database.add_predictions(from_record(record) for _, record in records)
-    if records:
-        place = {"position": records[-1][0], "file": file, "at": database.clock()}
-        database.replace_row(LOGS, {"path": name}, place)
+    position = records[-1][0] if records else int(known["position"].iloc[0]) if len(known) else 0
+    dropped, last_fault, written = dropped_rows(path)
+    database.replace_row(LOGS, {"path": name}, {"position": position, "file": file, "at": database.clock(), "dropped": dropped,
+                                                "last_fault": last_fault, "written": written or None})
     return new
 
 # %% ../nbs/61_monitor_update.ipynb #61a00008
@@ -140,20 +141,24 @@ class _Context:
 def _replay_production(context: _Context) -> int:
     "Rows of what was in production on bars without a row."
     missing, added = context.missing("production"), 0
-    for number, period in enumerate(production_periods(context.store, context.times[-1]), 1):
+    periods = production_periods(context.store, context.times[-1])
+    for period, sequence in zip(periods, _sequences(context.store, [period.version for period in periods])):
         rows = missing & period.unseen(context.times)
         if rows.any() and period.facts:
             facts, model = context.store.read(period.version)
             loaded = open_version(facts, model, feature_manager(context.settings))
-            sequence = _sequence_of(context.store, period.version, number)
             added += context.database.add_predictions(
                 predicted_rows(loaded, context.candles, rows, "production", sequence, context.written))
     return added
 
-def _sequence_of(store: ModelStore, version: str, number: int) -> int:
-    "Sequence number of the newest promotion of a version; its place among the periods if the history lacks it."
-    found = [event["sequence"] for event in store.history() if event.get("version") == version and "sequence" in event]
-    return found[-1] if found else number
+def _sequences(store: ModelStore, versions: list[str]) -> list[int]:
+    "Sequence numbers of the changes that put versions into production, which are in the order of time; some changes had no effect."
+    changes, found = production_changes(store), list[int]()
+    for version in reversed(versions):
+        while changes and (change := changes.pop()).get("version") != version:
+            pass
+        found.append(change["sequence"])
+    return found[::-1]
 
 # %% ../nbs/61_monitor_update.ipynb #61a00009
 def _replay_stage(context: _Context, stage: str, found: tuple[dict, bytes] | None) -> int:

@@ -133,7 +133,8 @@ PUBLIC = {
     "onnx_export": "export_onnx load_with_custom to_full_onnx",
     "plot_style": "BLUE GREY GRID INK ORANGE ReportFigure class_colour date_axis new_axes plot_recent style_axes",
     "prediction_log": """
-        COLUMNS PredictionLog PredictionRow SCHEMA STAGES append_rows from_record read_log read_records to_record
+        COLUMNS PredictionLog PredictionRow SCHEMA STAGES append_rows dropped_rows from_record read_log read_records
+        to_record
     """,
     "publishing": "ARTIFACT Publication PublishError plain_line publish",
     "quality_gate": "GateInput judge",
