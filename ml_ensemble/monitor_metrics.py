@@ -92,6 +92,7 @@ def _data_metrics(state: LiveState) -> list[Metric]:
         (gauge, "missing_bars", "Bars since the first prediction that have none", quality.missing),
         (gauge, "silent_bars", "Newest bars without a prediction, in a row", quality.silent),
         (gauge, "abstaining_bars", "Newest predictions that are abstentions, in a row", quality.abstaining),
+        (gauge, "dropped_predictions", "Predictions that the bots of the newest day could not write to their logs", quality.dropped),
         (gauge, "prediction_delay_seconds", "Largest delay from the close of a bar to its prediction on the newest day", minutes),
         (gauge, "decision_latency_seconds", "Median duration of the newest 100 decisions", _scaled(quality.latency_us, per=1e6)),
         (gauge, "model_age_seconds", "Time since the newest training bar of production", days))
@@ -111,7 +112,7 @@ def _drift_metrics(state: LiveState) -> list[Metric]:
     return [*found, _family(GaugeMetricFamily, "differing_features", text, state.market, [((), differing)])]
 
 # %% ../nbs/65_monitor_metrics.ipynb #65a00009
-_KINDS = ("skill", "F1", "feature", "drift", "predictions", "silent", "abstains", "late", "age")
+_KINDS = ("skill", "F1", "feature", "drift", "predictions", "silent", "abstains", "dropped", "late", "age")
 _LIGHT_NAMES = ("green", "yellow", "red")
 
 def _alarm_metrics(state: LiveState, open_alarms: Sequence[dict]) -> list[Metric]:

@@ -181,6 +181,7 @@ class _Updates:
 # %% ../nbs/66_monitor_server.ipynb #66a00010
 _BANNER = ('<div role="alert" style="background:#a32020;color:#ffffff;padding:.6rem 1rem;overflow-wrap:anywhere">'
            "<strong>Not up to date since {since} UTC.</strong> {reason}</div>\n")
+_NOTE = '<p style="margin:0;padding:.4rem 1rem 0;max-width:none;font-size:.85rem">Updated {at} UTC.</p>\n'
 _EMPTY = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -199,13 +200,14 @@ _EMPTY = """<!DOCTYPE html>
 """
 
 def _page_of(updates: _Updates) -> str:
-    "The page to serve: the newest good one, with a banner if updates fail."
+    "The page to serve: the newest good one with its time, and with a banner if updates fail."
     text = "There is no report yet." if updates.failing_since else "The first report is being made; this page loads it when it is there."
     html = updates.newest.html if updates.newest else _EMPTY.replace("$text", text)
-    if updates.failing_since is None:
-        return html
-    banner = _BANNER.format(since=f"{updates.failing_since:%Y-%m-%d %H:%M}", reason=escape(shorten(updates.reason, 1000)))
-    return html.replace("<body>\n", "<body>\n" + banner, 1)
+    above = _NOTE.format(at=f"{updates.newest.at:%Y-%m-%d %H:%M}") if updates.newest else ""
+    if updates.failing_since is not None:
+        reason = escape(shorten(updates.reason, 1000))
+        above = _BANNER.format(since=f"{updates.failing_since:%Y-%m-%d %H:%M}", reason=reason) + above
+    return html.replace("<body>\n", "<body>\n" + above, 1)
 
 # %% ../nbs/66_monitor_server.ipynb #66a00012
 _HEADERS = {
