@@ -101,8 +101,8 @@ def test_the_wheel_holds_the_configuration_and_the_notebooks_that_commands_execu
     inside = zipfile.ZipFile(wheel)
     names = {name.removeprefix("ml_ensemble/") for name in inside.namelist() if name.startswith("ml_ensemble/")}
     core = {f"defaults/core/{path.name}" for path in (ROOT / "config/core").iterdir()}
-    assert {name for name in names if not name.endswith(".py")} == core | {"py.typed", "pages/weekly_retrain.ipynb", "pages/monitor.ipynb",
-                                                                              "pages/report.css"}
+    others = {"py.typed", "pages/weekly_retrain.ipynb", "pages/monitor.ipynb", "pages/report.css", "defaults/grafana/live-model.json"}
+    assert {name for name in names if not name.endswith(".py")} == core | others
     assert {name for name in names if name.endswith(".py")} == {path.name for path in (ROOT / "ml_ensemble").glob("*.py")}
     for name, source in (("defaults/core", "config/core"), ("pages", "nbs")):
         for path in (name_ for name_ in names if name_.startswith(name)):
