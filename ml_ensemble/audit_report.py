@@ -76,8 +76,8 @@ def _failed_page(cells: list) -> str:
             return (f"# Audit report: this run failed\n\n**✗ Failed** in the section *{heading}*. There is no candidate and no "
                     f"verdict, and production was not changed by this run.\n\n{message}\n\n"
                     "The report ends at the error. The message says what to do. "
-                    "`ml-ensemble history` lists the failure, `ml-ensemble check` tells whether the version in production is fit "
-                    "to trade, and `ml-ensemble retrain` runs again.")
+                    "`ml-ensemble history` lists the failure of a retrain, `ml-ensemble check` tells whether the version in production "
+                    "is fit to trade, and the same command runs again.")
     if any(_FIRST in _tags(cell) and cell.get("outputs") for cell in cells):
         return ""
     return ("# Audit report: this run did not finish\n\n**✗ Not finished.** The run was stopped before its verdict. There is no candidate, "

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .core import MarkdownRepr, ValidationError, iso, requires_extra
+from .core import MarkdownRepr, ValidationError, in_utc, iso, requires_extra
 from .plot_style import BLUE, INK, ORANGE, date_axis, style_axes
 
 with requires_extra():
@@ -177,7 +177,8 @@ def feature_reference(features: pd.DataFrame, *, windows: Sequence[int] = (6, 42
         raise ValidationError("a feature is infinite", "Pass finite features; NaN where one is missing.")
     interval = int(np.median(np.diff(features.index.as_unit("ns").asi8)))
     yearly_bars = pd.Timedelta(days=365.25).value / interval
-    return {"version": REFERENCE_VERSION, "rows": len(features), "from": iso(features.index[0]), "to": iso(features.index[-1]),
+    first, last = (iso(in_utc(features.index[k])) for k in (0, -1))
+    return {"version": REFERENCE_VERSION, "rows": len(features), "from": first, "to": last,
             "interval_ns": interval, "windows": [int(length) for length in windows],
             "features": {str(name): _feature_reference(values[:, k], windows, quantiles, yearly_bars, values.shape[1])
                          for k, name in enumerate(features.columns)}}

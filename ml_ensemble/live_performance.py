@@ -438,7 +438,7 @@ def plot_skill_tests(tests: list[SkillTest]) -> Figure:
         if len(test.log_e):
             ax.plot(test.times.tz_localize(None), test.log_e / test.limit, color=colour, linestyle=style, linewidth=1.4, label=test.against)
     ax.axhline(1, color=INK, linewidth=0.9, linestyle=":")
-    ax.set_ylim(-0.6, max([1.2, *(float(np.max(test.log_e / test.limit, initial=0)) * 1.1 for test in tests)]))
+    ax.set_ylim(-0.6, max([1.6, *(float(np.max(test.log_e / test.limit, initial=0)) * 1.1 for test in tests)]))
     if any(len(test.log_e) for test in tests):
         ax.legend(frameon=False, fontsize=9, ncols=2, loc="upper left")
         date_axis(ax)

@@ -18,7 +18,7 @@ with requires_extra():
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
     from prometheus_client.registry import Collector
 
-from .live_alarms import LiveState
+from .live_alarms import CONDITION_KINDS, LiveState
 from .monitor_database import ALARMS, MonitorDatabase
 
 # %% ../nbs/65_monitor_metrics.ipynb #65a00006
@@ -112,13 +112,12 @@ def _drift_metrics(state: LiveState) -> list[Metric]:
     return [*found, _family(GaugeMetricFamily, "differing_features", text, state.market, [((), differing)])]
 
 # %% ../nbs/65_monitor_metrics.ipynb #65a00009
-_KINDS = ("skill", "F1", "feature", "drift", "predictions", "silent", "abstains", "dropped", "late", "age")
 _LIGHT_NAMES = ("green", "yellow", "red")
 
 def _alarm_metrics(state: LiveState, open_alarms: Sequence[dict]) -> list[Metric]:
     "Open alarms by kind, the light, and what is in production."
     count = Counter(alarm["kind"] for alarm in open_alarms)
-    alarms = [((kind,), count[kind]) for kind in dict.fromkeys((*_KINDS, *count))]
+    alarms = [((kind,), count[kind]) for kind in dict.fromkeys((*CONDITION_KINDS, *count))]
     lights = [((name,), state.light == name) for name in _LIGHT_NAMES]
     info = InfoMetricFamily("ml_ensemble_model", "The version in production.", labels=["market"])
     info.add_metric([state.market], {"version": state.version})

@@ -50,15 +50,15 @@ def versions_side_by_side(rows: LiveRows, settings: Settings) -> Markdown:
     "Live figures of each version that was in production, the newest first."
     table, found = version_figures(rows, settings), []
     for row in table[::-1].to_dict("records"):
-        interval = "–" if row["skill low"] is None or pd.isna(row["skill low"]) else (
-            f"{format_number(row['skill low'])} to {format_number(row['skill high'])}")
-        shown = [format_number(_or_none(row[name])) for name in ("skill", "beyond volatility", "weighted F1")]
+        low, high = _or_none(row["skill low"]), _or_none(row["skill high"])
+        interval = "" if low is None else f" ({format_number(low)} to {format_number(high)})"
+        shown = [format_number(_or_none(row[name])) for name in ("beyond volatility", "weighted F1")]
         hits, money = _or_none(row["hit rate"]), _or_none(row["return after costs"])
-        found.append([row["version"], row["from"], interval, f"{row['settled bars']:,}", f"{row['abstained']:,}", *shown,
-                      "–" if hits is None else format_percent(hits), "–" if money is None else format_return(money)])
-    head = ["version", "from", "skill, 95 %", "settled bars", "abstained", "skill", "beyond volatility", "weighted F1", "hit rate",
-            "return after costs"]
-    return Markdown(page_table(head, found, 7) if found else "*No prediction yet.*")
+        bars, skill = f"{row['settled bars']:,} from {row['from']}", format_number(_or_none(row["skill"])) + interval
+        found.append([row["version"], bars, skill, *shown, "–" if hits is None else format_percent(hits),
+                      "–" if money is None else format_return(money)])
+    head = ["version", "settled bars", "skill, 95 %", "beyond volatility", "F1", "hit rate", "return"]
+    return Markdown(page_table(head, found, 4) if found else "*No prediction yet.*")
 
 def _or_none(value) -> float | None:
     return None if value is None or pd.isna(value) else float(value)
@@ -121,7 +121,7 @@ def state_page(state: LiveState) -> Page:
     sections = {"What is wrong, and what to do": what, "The newest bars": state.newest._repr_markdown_(),
                 "How sure": "\n".join(f"- {test.sentence()}" for test in state.tests)}
     mark = {"green": "✓ Passed.", "yellow": "● Waiting.", "red": "✗ Alarm."}[state.light]
-    return Page("Live model", f"**{mark}** {state.sentence()}", sections)
+    return Page("Live model", f"**{mark}** {state.sentence().replace(': ALARM, ', ': ')}", sections)
 
 def reliability_figure(rows: LiveRows):
     "Reliability plot of the live probabilities; None if nothing is settled."

@@ -103,8 +103,8 @@ PUBLIC = {
         read_history split_unfinished unfinished_bar warm_stream
     """,
     "live_alarms": """
-        AlarmChanges Condition LiveQuality LiveState alert_unusable compare_features live_drift live_state
-        measure_quality note_usable record_conditions send_alarms
+        AlarmChanges CONDITION_KINDS Condition LiveQuality LiveState alert_unusable compare_features live_drift
+        live_state measure_quality note_usable record_conditions send_alarms
     """,
     "live_performance": """
         LiveFigures LiveRows SkillTest bar_returns live_figures live_rows plot_live_skill plot_skill_tests
