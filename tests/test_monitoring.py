@@ -5,6 +5,7 @@ import subprocess
 import sys
 from contextlib import closing
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -380,6 +381,20 @@ def test_the_commands_collect_check_and_export_with_their_exit_codes(command, tm
     assert isinstance(command("export", "--to", str(tmp_path / "all.csv"), source=False).exception, ConfigError)
     assert isinstance(command("update", "--from", "yesterday").exception, ConfigError)
     assert isinstance(command("update", "--log", str(tmp_path / "none.sqlite")).exception, StoreError)
+
+
+def test_a_new_alarm_retrains_once_if_that_is_configured_and_is_an_alarm_all_the_same(command, inbox, monkeypatch):
+    asked = []
+    monkeypatch.setattr("ml_ensemble.retraining.retrain", lambda source, days, overrides, store: asked.append(source) or SimpleNamespace(
+        version=None, reason="no new bars"))
+    command("update", "--replay")
+    old = ["--set", "production.max_age_days=1", "--set", "monitor.reaction=retrain"]
+    for _ in range(2):
+        assert command("check", "--alert", *old).exit_code == 4
+    assert len(asked) == 1 and asked[0].startswith("file:")
+    assert [message["title"] for message in inbox] == ["ml_ensemble: ALARM about the live model"]
+    assert "Run `ml-ensemble retrain`" in inbox[0]["message"]
+    assert command("check", "--set", "production.max_age_days=1").exit_code == 4 and len(asked) == 1       # without --alert nothing is done
 
 
 @pytest.mark.slow
