@@ -1222,6 +1222,8 @@ def monitor_update_command(
     from ml_ensemble.config import load_settings
     load_settings(list(set_ or ()))               # a wrong setting is reported before the slow imports
     span = {"since": _utc_argument(begin, "--from"), "until": _utc_argument(end, "--to")}
+    if None not in span.values() and span["since"] > span["until"]:
+        raise ConfigError(f"--from is {begin}, after --to, {end}", "Name the earlier one first.")
     from ml_ensemble.monitor_database import read_shadow_lines
     from ml_ensemble.monitor_update import open_database, update_monitoring
     from ml_ensemble.run_settings import run_overrides
@@ -1251,7 +1253,7 @@ def monitor_check_command(context: typer.Context, source: _Source = None, days: 
     "Report the state of the live model, from what `update` has collected. Exit with code 4 if an alarm is open."
     from ml_ensemble.config import load_settings
     load_settings(list(set_ or ()))
-    from ml_ensemble.live_alarms import live_state, record_conditions, send_alarms
+    from ml_ensemble.live_alarms import live_state, note_retrain, record_conditions, send_alarms
     from ml_ensemble.monitor_update import open_database
     from ml_ensemble.run_settings import get_market, run_overrides
     store, settings = _store_of(context), load_settings([*(set_ or ()), *run_overrides(source, days)])
@@ -1265,11 +1267,12 @@ def monitor_check_command(context: typer.Context, source: _Source = None, days: 
         print(readable_json({**state.to_dict(), "alarms": [f"{a['kind']}: {a['subject']}" for a in changes.open]}), end="")
     else:
         _show_state(state, changes)
-    if alert and settings.monitor.reaction == "retrain" and changes.needs_retrain:
-        _retrain_after_alarm(store, source, days, set_)
+    if alert and settings.monitor.reaction == "retrain" and changes.needs_retrain and _retrain_after_alarm(store, source, days, set_):
+        note_retrain(database, changes)
     if changes.open:
         raise typer.Exit(_ALARM)
 
+# %% ../nbs/70_cli.ipynb #d5c37c0c
 def _show_state(state, changes) -> None:
     "Print the state and the open alarms."
     colour = {"green": "bold green", "yellow": "bold yellow", "red": "bold red"}[state.light]
@@ -1281,16 +1284,24 @@ def _show_state(state, changes) -> None:
     if state.proposal:
         _console().print(f"Proposed: {_plain(state.proposal)}", soft_wrap=True)
 
-def _retrain_after_alarm(store: ModelStore, source: str | None, days: int | None, set_: list[str] | None) -> None:
-    "Retrain because of a new alarm; the result is printed on standard error, and an error does not hide the alarm."
+def _retrain_after_alarm(store: ModelStore, source: str | None, days: int | None, set_: list[str] | None) -> bool:
+    "Retrain because of an alarm; the result is printed on standard error. Whether it ran: an error does not hide the alarm."
     from ml_ensemble import retraining
     try:
         outcome = retraining.retrain(source, days, tuple(set_ or ()), store=store)
-        _stderr().print(f"Retrained because of the alarm: {outcome.version or 'nothing was promoted'} {_plain(outcome.reason)}")
+        result = f"{outcome.version or 'nothing was promoted'}, {outcome.reason or 'promoted'}"
+        _stderr().print(f"Retrained because of the alarm: {_plain(result)}")
+        return True
     except MLEnsembleError as error:
         _stderr().print(f"[bold red]The retrain because of the alarm failed:[/] {_plain(str(error))}")
+        return False
 
 # %% ../nbs/70_cli.ipynb #70b00005
+def _absolute_source(source: str | None) -> str:
+    "A source for a notebook, which runs in another folder."
+    kind, _, path = (source or "").partition(":")
+    return f"file:{os.path.abspath(path)}" if kind == "file" else source or ""
+
 @monitor_app.command("report")
 def monitor_report_command(
     context: typer.Context, log: _Bots = None, replay: _Computed = False, source: _Source = None, days: _Days = None, set_: _Set = None,
@@ -1300,8 +1311,8 @@ def monitor_report_command(
     from ml_ensemble.config import load_settings
     load_settings(list(set_ or ()))
     from ml_ensemble.monitor_report import write_monitor_report
-    path = write_monitor_report(_store_of(context), show_progress=not as_json and sys.stderr.isatty(), source=source or "", days=days or 0,
-                                overrides=list(set_ or ()), log=log or "", replay=replay)
+    path = write_monitor_report(_store_of(context), show_progress=not as_json and sys.stderr.isatty(), source=_absolute_source(source),
+                                days=days or 0, overrides=list(set_ or ()), log=os.path.abspath(log) if log else "", replay=replay)
     if as_json:
         print(readable_json({"html": str(path), "notebook": str(path.with_suffix(".ipynb"))}), end="")
     else:
@@ -1310,6 +1321,7 @@ def monitor_report_command(
         import webbrowser
         webbrowser.open(path.as_uri())
 
+# %% ../nbs/70_cli.ipynb #9b2a2850
 @monitor_app.command("export")
 def monitor_export_command(
     context: typer.Context, target: Annotated[Path, typer.Option("--to", dir_okay=False, help="A .parquet file.")],
@@ -1324,7 +1336,10 @@ def monitor_export_command(
     path = _check_output(target)
     from ml_ensemble.monitor_database import export_parquet
     from ml_ensemble.monitor_update import open_database
-    count = export_parquet(open_database(settings, _store_of(context)), path, market)
+    database = open_database(settings, _store_of(context))
+    if market is not None and market not in database.markets():
+        raise ConfigError(f"there is no prediction of market {shorten(market)!r}", f"There are: {', '.join(database.markets()) or 'none'}.")
+    count = export_parquet(database, path, market)
     if as_json:
         print(readable_json({"rows": count, "file": str(path)}), end="")
     else:
@@ -1387,8 +1402,8 @@ def monitor_serve_command(
             import webbrowser
             webbrowser.open(url)
 
-    serve_monitor(_store_of(context), port=port, every=every, ready=announce, source=source or "", days=days or 0,
-                  overrides=list(set_ or ()), log=log or "", replay=replay)
+    serve_monitor(_store_of(context), port=port, every=every, ready=announce, source=_absolute_source(source), days=days or 0,
+                  overrides=list(set_ or ()), log=os.path.abspath(log) if log else "", replay=replay)
 
 # %% ../nbs/70_cli.ipynb #95e25f4a
 if __name__ == "__main__" and "get_ipython" not in globals():

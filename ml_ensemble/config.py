@@ -231,9 +231,9 @@ class ShadowSettings(Section):
 # %% ../nbs/21_config.ipynb #21c00004
 def _check_database(url: str | None) -> str | None:
     "URL of the monitoring database; ConfigError if it holds a password or is no URL. Without one, None."
-    if url and not re.fullmatch(r"[a-z]+(\+[a-z0-9]+)?://\S*", url):
-        raise ConfigError(f"monitor.database is {shorten(hide_credentials(url))!r}, which is no URL of a database",
-                          "For example sqlite:////var/lib/bot/monitor.sqlite or postgresql+psycopg://user@host/monitor.")
+    if url and not re.fullmatch(r"sqlite:////\S+|postgresql(\+[a-z0-9]+)?://\S*", url):
+        raise ConfigError(f"monitor.database is {shorten(hide_credentials(url))!r}, which is no URL of SQLite with an absolute path or "
+                          "of PostgreSQL", "For example sqlite:////var/lib/bot/monitor.sqlite or postgresql+psycopg://user@host/monitor.")
     authority = url.partition("://")[2].split("/")[0] if url else ""
     if url and (":" in authority.rpartition("@")[0] or "password" in url.partition("?")[2]):
         raise ConfigError("monitor.database holds a password", "PostgreSQL reads it from PGPASSWORD or ~/.pgpass.")
@@ -246,7 +246,7 @@ class MonitorSettings(Section):
     alpha: Annotated[float, Field(gt=0, lt=0.5)]
     restart: _Count
     kept_gain: Annotated[float, Field(ge=0, lt=1)]
-    window: Annotated[int, Field(ge=20)]
+    rolling_bars: Annotated[int, Field(ge=20)]
     min_weighted_f1: _Limit | None
     late_minutes: _Positive
     silent_bars: _Count
@@ -536,7 +536,7 @@ def _explain(error: ValidationError) -> ConfigError:
             continue
         path = shorten(".".join(str(part) for part in fault["loc"]))
         hidden = fault["type"] in ("missing", "extra_forbidden") or fault["loc"][0] == "store"      # a URL may hold a secret
-        value = "" if hidden else f" (found {shorten(repr(fault['input']))})"
+        value = "" if hidden else f" (found {shorten(hide_credentials(repr(fault['input'])))})"
         problem = {"extra_forbidden": "is no setting", "missing": "is missing"}.get(fault["type"], fault["msg"])
         problem = problem.removeprefix("Value error, the URL of ")
         messages.append(f"{path}: {problem}{value}")

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONDITION_KINDS', 'Condition', 'LiveQuality', 'measure_quality', 'compare_features', 'live_drift', 'LiveState',
-           'live_state', 'AlarmChanges', 'record_conditions', 'send_alarms', 'alert_unusable', 'note_usable']
+           'live_state', 'AlarmChanges', 'record_conditions', 'note_retrain', 'send_alarms', 'alert_unusable',
+           'note_usable']
 
 # %% ../nbs/63_live_alarms.ipynb #63a00003
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import MarkdownRepr, MLEnsembleError, format_number, iso, requires_extra
+from .core import MarkdownRepr, MLEnsembleError, ModelNotFoundError, format_number, iso, requires_extra
 
 with requires_extra():
     import pandas as pd
@@ -28,18 +29,20 @@ from .feature_manager import FeatureManager, input_names, scale_free
 from .live_performance import LiveFigures, LiveRows, SkillTest, live_figures, live_rows, skill_tests
 from .market_data import Market
 from .monitor_database import ALARMS, LOGS, MonitorDatabase
-from .versioning import ModelStore
+from .monitor_update import check_market
+from .versioning import ModelStore, present_or_damaged
 
 # %% ../nbs/63_live_alarms.ipynb #63a00006
 CONDITION_KINDS = ("skill", "F1", "feature", "drift", "predictions", "silent", "abstains", "dropped", "late", "age")
 
 @dataclass(frozen=True)
 class Condition:
-    """Something that is wrong at the newest bar: kind, subject, a sentence, and what to do."""
+    """Something that is wrong at the newest bar: kind, subject, a sentence, what to do, and the bar since which it is known."""
     kind: str
     subject: str
     text: str
     action: str = ""
+    since: str = ""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -48,13 +51,13 @@ class Condition:
 
 def _skill_conditions(tests: Sequence[SkillTest]) -> list[Condition]:
     "Tests with an alarm."
-    return [Condition("skill", test.against, test.sentence(), "Read the report; stop trading, roll back or retrain.")
-            for test in tests if test.alarm]
+    return [Condition("skill", test.against, test.sentence(), "Read the report; stop trading, roll back or retrain.",
+                      "" if test.first_alarm is None else iso(test.first_alarm)) for test in tests if test.alarm]
 
 def _f1_condition(newest: LiveFigures, settings: Settings) -> list[Condition]:
     "F1 below the configured limit."
     limit, found = settings.monitor.min_weighted_f1, newest.figures.get("weighted_f1", (None,))[0]
-    if limit is None or found is None or newest.bars < settings.monitor.window or found >= limit:
+    if limit is None or found is None or newest.bars < settings.monitor.rolling_bars or found >= limit:
         return []
     text = f"Weighted F1 {format_number(found)} on the newest {newest.bars:,} settled bars, the limit is {limit:g}."
     return [Condition("F1", "live model", text, "Read the report; retrain.")]
@@ -69,9 +72,13 @@ class LiveQuality:
     bars, missing : int
         Bars of the candles since the first prediction; how many have none.
     silent : int
-        Newest bars without a prediction, in a row.
+        Newest bars without a prediction, in a row; if there was none yet, all bars after the newest training bar.
     abstaining : int
         Newest predictions that are abstentions, in a row.
+    silent_since, abstaining_since : str
+        First bars of these, ISO 8601; empty if there are none.
+    reason : str
+        Reason of the newest abstention.
     late : int
         Predictions later than the limit.
     newest_delay_minutes : float or None
@@ -95,26 +102,41 @@ class LiveQuality:
     age_days: float | None
     dropped: int = 0
     last_fault: str = ""
+    silent_since: str = ""
+    abstaining_since: str = ""
+    reason: str = ""
 
+# %% ../nbs/63_live_alarms.ipynb #5ff9b69c
 def measure_quality(rows: LiveRows, times: pd.DatetimeIndex, facts: dict, settings: Settings, now: datetime) -> LiveQuality:
     "Quality of the live rows, beside the `times` (T,) of all closed candles in UTC; `facts` are those of production."
     table = rows.table
-    since = times[times >= table.index[0]] if len(table) else times[:0]
+    since = times[times >= table.index[0]] if len(table) else _bars_after_training(times, facts)
     missing = ~since.isin(table.index)
+    silent, abstaining = _newest_run(missing), _newest_run(~rows.predicted)
     interval = pd.Timedelta(minutes=(facts.get("data") or {}).get("interval_minutes") or 0)
     live = table[~table["replayed"].astype(bool) & table["written"].notna()]
     delay = (pd.DatetimeIndex(live["written"]) - (live.index + interval)) / pd.Timedelta(minutes=1)
     newest = delay[live.index > live.index[-1] - pd.Timedelta(days=1)] if len(live) else delay
     return LiveQuality(
-        bars=len(since), missing=int(missing.sum()), silent=_newest_run(missing), abstaining=_newest_run(~rows.predicted),
+        bars=len(since), missing=int(missing.sum()), silent=silent, abstaining=abstaining,
+        silent_since=iso(since[-silent]) if silent else "", abstaining_since=iso(table.index[-abstaining]) if abstaining else "",
+        reason=str(table["reason"].iloc[-1]) if abstaining else "",
         late=int((delay > settings.monitor.late_minutes).sum()), newest_delay_minutes=float(newest.max()) if len(newest) else None,
         latency_us=_median(live["latency_us"].tail(100)), age_days=_age_of(facts, now))
 
+# %% ../nbs/63_live_alarms.ipynb #4bacf4b9
 def _with_dropped(quality: LiveQuality, database: MonitorDatabase, now: datetime) -> LiveQuality:
     "The same, with what the bots could not write."
     logs = database.read(LOGS)
     logs = logs[(logs["written"] > now - timedelta(days=1)) & (logs["dropped"] > 0)]
     return replace(quality, dropped=int(logs["dropped"].sum()), last_fault="; ".join(logs["last_fault"])) if len(logs) else quality
+
+def _bars_after_training(times: pd.DatetimeIndex, facts: dict) -> pd.DatetimeIndex:
+    "Bars after the newest training bar of a version; none if its metadata lack it."
+    try:
+        return times[times > times_in_utc(pd.Timestamp(datetime.fromisoformat(facts["data"]["to"])))]
+    except (KeyError, TypeError, ValueError):
+        return times[:0]
 
 def _newest_run(mask: np.ndarray) -> int:
     "Number of True values at the end."
@@ -135,10 +157,12 @@ def _quality_conditions(quality: LiveQuality, settings: Settings) -> list[Condit
     monitor, found = settings.monitor, []
     if quality.silent >= monitor.silent_bars:
         found.append(Condition("silent", "log", f"No prediction for the newest {quality.silent:,} bars.",
-                               "Look whether the bot runs, and whether it can write its log (log_status())."))
+                               "Look whether the bot runs, whether it can write its log (log_status()), and whether `monitor update` "
+                               "reads it (--log, or --replay without a log).", quality.silent_since))
     if quality.abstaining >= monitor.silent_bars:
-        found.append(Condition("abstains", "live model", f"The model abstained on the newest {quality.abstaining:,} bars.",
-                               "The report names the reason."))
+        found.append(Condition("abstains", "live model",
+                               f"The model abstained on the newest {quality.abstaining:,} bars: {quality.reason}.",
+                               "Run `ml-ensemble retrain` with candles up to now; a warm-up ends by itself.", quality.abstaining_since))
     if quality.dropped:
         found.append(Condition("dropped", "log", f"{quality.dropped:,} predictions could not be written ({quality.last_fault}).",
                                "Look at the disk and the folder of the log; the rows can be computed from candles (--replay)."))
@@ -194,6 +218,10 @@ def live_drift(rows: LiveRows, facts: dict, manager: FeatureManager) -> dict[str
         reports["predictions"] = measure_drift(known, proba, interval=pd.Timedelta(known["interval_ns"]))
     return reports
 
+def _broken_since(compared: BatchComparison, name: str) -> str:
+    "First bar at which a logged feature was not that of the candles."
+    return iso(compared.table.set_index("feature").loc[name, "first"])
+
 def _newest_alarms(report: DriftReport) -> list:
     "Alarms of the newest complete window of each length."
     newest = report.table.groupby("length")["end"].max() if len(report.table) else {}
@@ -204,8 +232,8 @@ def _drift_conditions(compared: BatchComparison | None, reports: dict[str, Drift
     found = []
     if compared is not None:
         found += [Condition("feature", name, f"{name}: what the bot logged is not what the candles give ({compared.sentence()}).",
-                            "Compare the candles of the bot with those of the source, and the versions of the package.")
-                  for name in compared.broken]
+                            "Compare the candles of the bot with those of the source, and the versions of the package.",
+                            _broken_since(compared, name)) for name in compared.broken]
     for kind, report in (("drift", reports.get("inputs")), ("predictions", reports.get("predictions"))):
         alarms = sorted(_newest_alarms(report), key=lambda alarm: alarm.value / alarm.limit) if report else []
         worst = {alarm.feature: alarm for alarm in alarms}
@@ -311,14 +339,17 @@ def live_state(store: ModelStore, settings: Settings, database: MonitorDatabase,
 
     Raises
     ------
+    ModelNotFoundError
+        Nothing is in production.
     StoreError
-        The database cannot be used.
+        The database cannot be used, or the candles are those of another market.
     """
-    facts, manager = store.read()[0], feature_manager(settings)
-    recorded = facts.get("data") or {}
-    name = str(recorded.get("market") or recorded.get("source") or "")
+    facts, manager = present_or_damaged(store), feature_manager(settings)
+    if facts is None:
+        raise ModelNotFoundError("there is no version in production", "Promote one first: `ml-ensemble retrain`.")
+    name = check_market(settings, market, facts)
     rows, times = live_rows(database, name, facts, settings), times_in_utc(market.candles.index).as_unit("ns")
-    settled = np.flatnonzero(rows.settled("prior"))[-settings.monitor.window:]
+    settled = np.flatnonzero(rows.settled("prior"))[-settings.monitor.rolling_bars:]
     newest = live_figures(rows.take(np.arange(len(rows)) >= settled[0]) if len(settled) else rows, settings)
     tests, quality = skill_tests(rows, store, settings), measure_quality(rows, times, facts, settings, store.clock())
     quality = _with_dropped(quality, database, store.clock())
@@ -338,8 +369,12 @@ class AlarmChanges:
 
     @property
     def needs_retrain(self) -> bool:
-        "Whether an alarm was opened that a new version may end."
-        return any(alarm["kind"] in ("skill", "F1", "drift", "predictions", "age") for alarm in self.opened)
+        "Whether an alarm is open that a new version may end, and for which there was no retrain yet."
+        return any(pd.isna(alarm["retrained"]) for alarm in self._to_retrain)
+
+    @property
+    def _to_retrain(self) -> list[dict]:
+        return [alarm for alarm in self.open if alarm["kind"] in ("skill", "F1", "drift", "predictions", "age", "abstains")]
 
 def record_conditions(database: MonitorDatabase, state: LiveState, settings: Settings) -> AlarmChanges:
     """Open and close alarms.
@@ -370,14 +405,19 @@ def record_conditions(database: MonitorDatabase, state: LiveState, settings: Set
             database.replace_row(ALARMS, {"id": alarm["id"]}, {"closed": bar})
             closed.append(alarm)
     for condition in present.values():
-        database.append_row(ALARMS, {"market": state.market, "kind": condition.kind, "subject": condition.subject, "opened": bar,
-                                     "last_seen": bar, "text": condition.text})
+        database.append_row(ALARMS, {"market": state.market, "kind": condition.kind, "subject": condition.subject,
+                                     "opened": condition.since or bar, "last_seen": bar, "text": condition.text})
     rows = database.read(ALARMS, state.market)
     now_open = rows[rows["closed"].isna()].to_dict("records")
     opened = [alarm for alarm in now_open if (alarm["kind"], alarm["subject"]) in present]
     day = rows["sent"].dropna() > database.clock() - timedelta(days=1)
     free = rows["sent"].dropna()[day].nunique() < settings.monitor.alerts_per_day
     return AlarmChanges(opened, closed, now_open, [a for a in now_open if pd.isna(a["sent"])] if free else [])
+
+def note_retrain(database: MonitorDatabase, changes: AlarmChanges) -> None:
+    "There was a retrain because of the open alarms; none again for these."
+    for alarm in changes._to_retrain:
+        database.replace_row(ALARMS, {"id": alarm["id"]}, {"retrained": database.clock()})
 
 def _bars_between(state: LiveState, earlier: pd.Timestamp, later: pd.Timestamp) -> int:
     "Bars of the candles after a bar, up to another one."

@@ -132,7 +132,9 @@ def _of_replaced_version(found: pd.DataFrame, live: pd.DataFrame) -> pd.DataFram
 def _probabilities(rows: pd.DataFrame, bars: pd.DatetimeIndex, classes: tuple[int, ...]) -> np.ndarray:
     "(N, C) probabilities at bars; NaN where there is no row, or an abstention."
     columns = list(_PROBABILITIES[-len(classes):])
-    return rows[columns].astype(np.float64).reindex(bars).to_numpy()
+    p = rows[columns].astype(np.float64).reindex(bars).to_numpy(copy=True)
+    p[np.abs(p.sum(axis=1) - 1) > 1e-6] = np.nan              # no distribution: the row was damaged
+    return p
 
 def _logged_features(live: pd.DataFrame) -> pd.DataFrame | None:
     "(N, 12 + K) features; NaN where a row has none, or another number than the newest row."
@@ -331,7 +333,7 @@ def _describe_test(test: SkillTest) -> str:
     if not bars:
         return f"Against the {test.against}: no settled bar to compare yet."
     mean, low, high = (float(getattr(test.comparison, name)[-1]) for name in ("mean", "low", "high"))
-    found = f"{mean:+.4f} ({low:+.4f} to {high:+.4f}) over {bars:,} bars"
+    found = f"in Brier score {mean:+.4f} ({low:+.4f} to {high:+.4f}) over {bars:,} bars"
     if test.alarm:
         return f"ALARM against the {test.against}: the live model is worse since some week up to {test.times[-1]:%Y-%m-%d}. Gain {found}."
     word = "better" if low > 0 else "worse over all bars, and not since a recent week" if high < 0 else "not decided"

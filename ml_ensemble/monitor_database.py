@@ -16,6 +16,8 @@ from datetime import datetime
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
+
 from .core import StoreError, hide_credentials, in_utc, requires_extra, shorten, utc_now
 
 with requires_extra():
@@ -76,7 +78,7 @@ ALARMS = sa.Table(
     "alarms", _TABLES, sa.Column("id", sa.Integer, primary_key=True), sa.Column("market", sa.String, nullable=False),
     sa.Column("kind", sa.String, nullable=False), sa.Column("subject", sa.String, nullable=False),
     sa.Column("opened", _UtcTime, nullable=False), sa.Column("last_seen", _UtcTime, nullable=False), sa.Column("closed", _UtcTime),
-    sa.Column("sent", _UtcTime), sa.Column("text", sa.String, nullable=False))
+    sa.Column("sent", _UtcTime), sa.Column("retrained", _UtcTime), sa.Column("text", sa.String, nullable=False))
 
 # %% ../nbs/60_monitor_database.ipynb #60a00009
 def _step_1() -> None:
@@ -128,6 +130,12 @@ def _database_errors(url: str) -> Iterator[None]:
         raise StoreError(f"the monitoring database {hide_credentials(url)} cannot be used ({reason})",
                          "The logs of the bots are not affected: run `ml-ensemble monitor update` again when it can be.") from error
 
+def _check_folder(url: str) -> None:
+    "StoreError if the folder of an SQLite file does not exist."
+    path = sa.engine.make_url(url).database if url.startswith("sqlite") else None
+    if path and not Path(path).parent.is_dir():
+        raise StoreError(f"the folder {Path(path).parent} of the monitoring database does not exist", "Make it, or name another file.")
+
 def _new_engine(url: str) -> sa.Engine:
     "An engine; SQLite waits for other writers and keeps readers apart from them."
     engine = sa.create_engine(url, poolclass=sa.pool.NullPool)
@@ -166,6 +174,7 @@ class MonitorDatabase:
 
     def __init__(self, url: str, clock: Callable[[], datetime] = utc_now):
         self.url, self.clock = url, clock
+        _check_folder(url)
         with _database_errors(url):
             self.engine = _new_engine(url)
             with self.engine.begin() as connection:
@@ -188,7 +197,7 @@ class MonitorDatabase:
         Returns
         -------
         tuple of int and int
-            Number of new outcomes, and of those that were replaced.
+            Number of new outcomes, and of those that differ from what is there.
         """
         return _write_outcomes(self, outcomes, repair)
 
@@ -281,23 +290,22 @@ def _write_outcomes(database: MonitorDatabase, outcomes: pd.DataFrame, repair: b
     names = [column.name for column in OUTCOMES.columns]
     records = [{name: value.to_pydatetime() if isinstance(value, pd.Timestamp) else value for name, value in record.items()}
                for record in outcomes[names].astype(object).to_dict("records")]
-    changed = 0
-    if repair and len(outcomes):
-        old = database.read(OUTCOMES, outcomes["market"].iloc[0], outcomes["bar"].min().to_pydatetime()).set_index(_KEYS)
-        keys = [(record["market"], pd.Timestamp(record["bar"]), record["meaning"]) for record in records]
-        same = [record for key, record in zip(keys, records) if key in old.index and _differs(old.loc[key], record)]
+    old = database.read(OUTCOMES, outcomes["market"].iloc[0], outcomes["bar"].min().to_pydatetime()) if len(outcomes) else outcomes
+    changed = [records[k] for k in _differing(outcomes, old)] if len(old) else []
+    if repair and changed:
         with _database_errors(database.url), database.engine.begin() as connection:
-            for record in same:
+            for record in changed:
                 where = sa.and_(*(OUTCOMES.c[name] == record[name] for name in _KEYS))
                 connection.execute(sa.update(OUTCOMES).where(where).values({n: v for n, v in record.items() if n not in _KEYS}))
-        changed = len(same)
-    return database._insert(OUTCOMES, records), changed
+    return database._insert(OUTCOMES, records), len(changed)
 
-def _differs(old: pd.Series, new: dict) -> bool:
-    "Whether an outcome is another one."
-    numbers = ("forward_return", "next_return", "cost")
-    return (old["label"] != new["label"] or old["end_time"] != pd.Timestamp(new["end_time"])
-            or any(abs(old[name] - new[name]) > 1e-12 for name in numbers))
+def _differing(new: pd.DataFrame, old: pd.DataFrame) -> np.ndarray:
+    "Places in `new` of the outcomes that are in `old` with other values."
+    joined = new.reset_index(drop=True).reset_index(names="place").merge(old, on=_KEYS, suffixes=("", "_old"))
+    differs = (joined["label"] != joined["label_old"]) | (joined["end_time"] != joined["end_time_old"])
+    for name in ("forward_return", "next_return", "cost"):
+        differs |= (joined[name] - joined[f"{name}_old"]).abs() > 1e-9
+    return joined["place"][differs].to_numpy()
 
 # %% ../nbs/60_monitor_database.ipynb #60a00018
 _LINE_FIELDS = ("market", "bar", "version", "sequence", "stage", "probabilities", "decision", "reason", "meaning", "written", "replayed")

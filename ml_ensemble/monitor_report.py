@@ -115,7 +115,8 @@ def _row_of(record: dict) -> PredictionRow:
 
 def state_page(state: LiveState) -> Page:
     "The first page: the state in one line, what is wrong and what to do, the newest figures, and how sure all this is."
-    what = "\n\n".join(f"- **{c.kind}, {c.subject}.** {c.text} {c.action}" for c in state.conditions) or "Nothing is wrong."
+    since = lambda c: f", since {c.since[:16].replace('T', ' ')}" if c.since else ""
+    what = "\n\n".join(f"- **{c.kind}, {c.subject}{since(c)}.** {c.text} {c.action}" for c in state.conditions) or "Nothing is wrong."
     if state.proposal:
         what += f"\n\n**Proposed:** the version that was replaced is better. `{state.proposal}`"
     sections = {"What is wrong, and what to do": what, "The newest bars": state.newest._repr_markdown_(),

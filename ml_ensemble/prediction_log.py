@@ -223,6 +223,9 @@ def _select_records(connection, path: str | Path, after: int) -> list[tuple[int,
     "See `read_records`."
     if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
         return []                                                 # its writer was killed before the first row
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version > SCHEMA:
+        raise StoreError(f"{path} has schema {version}, this version of ml_ensemble knows {SCHEMA}", "Update ml_ensemble here.")
     found = {column[1] for column in connection.execute("PRAGMA table_info(predictions)")}
     if not {"market", "bar", "version", "stage", "id"} <= found:
         raise StoreError(f"{path} is not a log of predictions", "Name the file that the bot writes (prediction_log=...).")
@@ -348,15 +351,14 @@ class _Worker:
 
     def __init__(self, path: Path, capacity: int, clock: Callable[[], datetime]):
         self.path, self.capacity, self.clock, self.counters = path, capacity, clock, _Counters(path)
-        self.busy = False                                         # whether a decision is being made
+        self.busy, self.held = False, 0                           # whether a decision is being made; rows of the batch at hand
         self.start()
 
     def start(self) -> None:
         "A new queue and thread, in this process."
-        self.jobs: queue.SimpleQueue = queue.SimpleQueue()
+        self.jobs, self.writer = queue.SimpleQueue[object](), _Writer(self.path)
         self.ended, self.deadline = threading.Event(), 0.0        # until then a log that is closed may try to write
         self.pid, self.session, self.started = os.getpid(), uuid.uuid4().hex, iso(self.clock())
-        self.writer = _Writer(self.path)
         self.thread = threading.Thread(target=self.run, name="prediction log", daemon=True)
         self.thread.start()
 
@@ -390,13 +392,14 @@ class _Worker:
 
     def commit(self, records: list[tuple]) -> bool:
         "Write records, trying as often as it takes; False if the log was closed before that succeeded."
-        counters, wait = self.counters, 0.05
+        counters, wait, self.held = self.counters, 0.05, len(records)
         while True:
             try:
                 if self.writer.was_replaced():
                     counters.note("faults", "the file was removed or replaced; a new one is written")
                 new = self.writer.write(records, self.let_go_first)
                 counters.written, counters.repeated = counters.written + new, counters.repeated + len(records) - new
+                self.held = 0
                 self.writer.record_session((self.session, self.started, iso(self.clock()), self.pid, counters.written,
                                             counters.dropped, counters.faults, counters.last_fault))
                 return True
@@ -405,7 +408,7 @@ class _Worker:
                 counters.note("faults", str(error))
             if self.ended.wait(wait):
                 if time.monotonic() > self.deadline:
-                    counters.note("dropped", "the log was closed before the last rows could be written", len(records))
+                    counters.note("dropped", f"the log was closed before its last {len(records):,} rows could be written", len(records))
                     return False
                 time.sleep(_BATCH_SECONDS)
             wait = min(2 * wait, _MAX_WAIT)
@@ -492,8 +495,8 @@ class PredictionLog:
         -------
         dict
             `path`; number of rows `written` to disk, `repeated` (their key was there before) and `dropped`; `faults`;
-            `waiting` jobs; and `last_fault`.
+            number of rows or jobs `waiting`; and `last_fault`.
         """
         worker, counters = self._worker, self._worker.counters
         return {"path": str(worker.path), "written": counters.written, "repeated": counters.repeated, "dropped": counters.dropped,
-                "faults": counters.faults, "waiting": worker.jobs.qsize(), "last_fault": counters.last_fault}
+                "faults": counters.faults, "waiting": worker.jobs.qsize() + worker.held, "last_fault": counters.last_fault}

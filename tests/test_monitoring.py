@@ -148,7 +148,8 @@ def test_a_repair_changes_the_stated_range_only(store, database, candles):
     revised = candles.copy()
     revised.iloc[1500:1510, 0] = revised[["high", "low"]].iloc[1500:1510].mean(axis=1)
     before = database.read(OUTCOMES).set_index("bar")
-    assert updated(store, database, revised).repaired == 0
+    seen = updated(store, database, revised)
+    assert (seen.repaired, seen.revised > 0) == (0, True)
     pd.testing.assert_frame_equal(database.read(OUTCOMES).set_index("bar"), before)
     span = {"since": candles.index[1505].to_pydatetime(), "until": candles.index[1600].to_pydatetime()}
     assert updated(store, database, revised, repair=True, **span).repaired > 0
@@ -213,6 +214,23 @@ def test_predictions_that_could_not_be_logged_are_an_alarm_that_says_why(store, 
     state = live_state(store, load_settings(QUICK), database, market_of(candles))
     assert [condition.key for condition in state.conditions] == [("dropped", "log")]
     assert "8 predictions could not be written" in state.conditions[0].text and "full" in state.conditions[0].text
+
+
+def test_a_bot_that_never_logged_and_candles_of_another_market_are_noticed(store, database, candles):
+    updated(store, database, candles, replay=False)
+    state = live_state(store, load_settings(QUICK), database, market_of(candles))
+    assert [(condition.kind, condition.since) for condition in state.conditions] == [("silent", iso(candles.index[1700]))]
+    with pytest.raises(StoreError, match="trades sandbox"):
+        live_state(store, load_settings(QUICK), database, Market(candles, "x", {}, name="ETH"))
+
+
+def test_a_damaged_row_is_an_abstention_and_stops_nothing(store, database, candles):
+    updated(store, database, candles)
+    with database.engine.begin() as connection:
+        damaged = sa.update(PREDICTIONS).where(PREDICTIONS.c.bar == candles.index[1900].to_pydatetime())
+        connection.execute(damaged.values(p_buy=0.9, p_hold=0.9))
+    state = live_state(store, load_settings(QUICK), database, market_of(candles))
+    assert state.rows.predicted.sum() == 699
 
 
 def test_a_log_that_was_replaced_is_read_from_its_beginning(store, database, candles, tmp_path):
@@ -389,12 +407,12 @@ def test_a_new_alarm_retrains_once_if_that_is_configured_and_is_an_alarm_all_the
         version=None, reason="no new bars"))
     command("update", "--replay")
     old = ["--set", "production.max_age_days=1", "--set", "monitor.reaction=retrain"]
+    assert command("check", *old).exit_code == 4 and not asked                       # without --alert nothing is done
     for _ in range(2):
         assert command("check", "--alert", *old).exit_code == 4
     assert len(asked) == 1 and asked[0].startswith("file:")
     assert [message["title"] for message in inbox] == ["ml_ensemble: ALARM about the live model"]
     assert "Run `ml-ensemble retrain`" in inbox[0]["message"]
-    assert command("check", "--set", "production.max_age_days=1").exit_code == 4 and len(asked) == 1       # without --alert nothing is done
 
 
 @pytest.mark.slow

@@ -104,7 +104,7 @@ PUBLIC = {
     """,
     "live_alarms": """
         AlarmChanges CONDITION_KINDS Condition LiveQuality LiveState alert_unusable compare_features live_drift
-        live_state measure_quality note_usable record_conditions send_alarms
+        live_state measure_quality note_retrain note_usable record_conditions send_alarms
     """,
     "live_performance": """
         LiveFigures LiveRows SkillTest bar_returns live_figures live_rows plot_live_skill plot_skill_tests
@@ -128,7 +128,9 @@ PUBLIC = {
         state_page versions_side_by_side write_monitor_report
     """,
     "monitor_server": "Snapshot serve serve_monitor take_snapshot",
-    "monitor_update": "MonitorUpdate collect_log log_paths monitor_folder open_database update_monitoring",
+    "monitor_update": """
+        MonitorUpdate check_market collect_log log_paths monitor_folder open_database update_monitoring
+    """,
     "monitoring": "Diagnosis HealthCheck diagnose run_overdue",
     "onnx_export": "export_onnx load_with_custom to_full_onnx",
     "plot_style": "BLUE GREY GRID INK ORANGE ReportFigure class_colour date_axis new_axes plot_recent style_axes",

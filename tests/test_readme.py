@@ -155,11 +155,13 @@ def test_each_exit_code_of_the_readme_occurs_and_no_others_exist(tmp_path, monke
         return command_line.run_command(as_json=False)
 
     for _ in range(2):
-        ModelStore().promote(restore_ensemble(hand_made_payload()).to_bytes(), {})
+        ModelStore().promote(restore_ensemble(hand_made_payload()).to_bytes(),
+                             {"data": {"market": "sandbox", "source": "sandbox", "to": "2020-01-01T00:00:00+00:00"}})
     audit = ["audit", "--days", "100", "--set", "n_estimators=2", "--set", "n_splits=2", "--set", "cuts=1"]
     absent = ("rollback", "--reason", "x", "--to", "20200101-0001")
     seen = {call("history"): "done", call(*absent): "failed", call("history", "--limit", "0"): "wrong call",
             call(*audit, "--set", "features.custom=[a_coin:coin]"): "`audit` found a leak",
+            call("monitor", "check"): "an alarm about the live model is open",
             interrupted(audit, tmp_path): "interrupted",
             output_fails("| true", "history"): "the reader of the output closed it",
             output_fails("> /dev/full", "rollback", "--reason", "x"): "production was changed as requested"}
