@@ -423,3 +423,10 @@ def test_the_report_has_no_script_and_no_path_and_names_the_state(command, store
     assert "<script" not in page and str(store.root) not in page and page.count("<img") >= 4
     assert f"Version {store.current()['version']} on sandbox" in page and "Against the validated gain" in page
     assert open_database(load_settings(QUICK), store).read(PREDICTIONS, stage="production").shape[0] == 700
+
+
+@pytest.mark.parametrize("url", ["postgresql+psycopg://u:s3cr3t@localhost/db", "postgresql://localhost/db?password=s3cr3t"])
+def test_a_password_in_the_url_of_the_database_is_refused_and_not_repeated(url):
+    with pytest.raises(ConfigError, match="holds a password") as error:
+        load_settings([f"monitor.database={url}"])
+    assert "s3cr3t" not in str(error.value)
