@@ -7,7 +7,7 @@ __all__ = ['ScoreComparison', 'compare_scores', 'bars_until_decided', 'plot_comp
            'alarm_delay', 'least_delay']
 
 # %% ../nbs/49_forecast_comparison.ipynb #c24182eb
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -251,15 +251,19 @@ def bars_until_decided(mean: float, deviation: float, bound: float = 1.0, alpha:
         variance = np.array([bars * deviation**2 / horizon])
         return bool(horizon * _boundary(variance, bound, alpha / horizon)[0] <= bars * abs(mean))
 
-    high = horizon
-    while not is_decided(high):
+    return _first_bar(is_decided, horizon)
+
+def _first_bar(holds: Callable[[int], bool], start: int) -> int | None:
+    "First number of bars from `start` on for which something holds that then always does; None above 10^9."
+    high = start
+    while not holds(high):
         high *= 2
         if high > 10**9:
             return None
     low = high // 2
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if is_decided(middle) else (middle, high)
+        low, high = (low, middle) if holds(middle) else (middle, high)
     return high
 
 def plot_comparison(comparison: ScoreComparison, times: Sequence | np.ndarray | None = None) -> Figure:
@@ -424,16 +428,8 @@ def alarm_delay(mean: float, deviation: float, *, bound: float = 1.0, alpha: flo
         log_e = logsumexp(np.multiply.outer(rows, growth), axis=1) - np.log(len(bets)) + _log_weight(first + later)
         return bool(logsumexp(log_e) >= np.log(horizon / alpha))
 
-    high = horizon
-    while not is_found(high):
-        high *= 2
-        if high > 10**9:
-            return None
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if is_found(middle) else (middle, high)
-    return high + first * every - change
+    bars = _first_bar(is_found, horizon)
+    return None if bars is None else bars + first * every - change
 
 def least_delay(differences: np.ndarray, alpha: float = 0.05, bound: float = 1.0) -> float:
     """Least mean number of bars until a test at `alpha` finds that the mean of the differences is above 0.

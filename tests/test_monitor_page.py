@@ -1,4 +1,4 @@
-"""The served page of the live model as a browser shows it, wide and narrow, light and dark; and the server that ends when told to."""
+"""The served page of the live model as a browser shows it, wide and narrow, light and dark; and the server that ends on a signal."""
 import asyncio
 import http.client
 import json
@@ -116,7 +116,7 @@ def test_only_this_machine_may_read_and_nothing_can_be_written(server):
 
 
 class Browser:
-    """A headless Chromium that is told what to do through its DevTools protocol."""
+    """A headless Chromium, driven through its DevTools protocol."""
 
     def __init__(self, folder: Path):
         program = shutil.which("chromium")
