@@ -27,7 +27,7 @@ def new_store(folder: Path) -> ModelStore:
     """A store with a version that predicts for any bar of one minute."""
     payload = hand_made_payload()
     width = len(payload["range"]["low"])
-    payload = {**payload, "range": {"low": [-1e9] * width, "high": [1e9] * width, "margin": 1.0}}
+    payload = {**payload, "max_age_days": 1e5, "range": {"low": [-1e9] * width, "high": [1e9] * width, "margin": 1.0}}
     store = ModelStore(folder)
     store.promote(restore_ensemble(payload).to_bytes(),
                   {"classes": [0, 1], "data": {"market": "load", "to": START.isoformat(), "interval_minutes": 1}})
@@ -47,7 +47,7 @@ class Bot:
 
     def __init__(self, store, times, bars, log=None):
         self.times, self.bars, self.place = times, bars, 200
-        self.ensemble = ProductionEnsemble(store=store, prediction_log=log, clock=lambda: START + timedelta(days=13))
+        self.ensemble = ProductionEnsemble(store=store, prediction_log=log, clock=lambda: START + timedelta(days=1000))
         self.ensemble.warm_up([[t, *bar] for t, bar in zip(times[:200], bars[:200])])
 
     def decide(self) -> float:
